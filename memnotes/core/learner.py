@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Schedule', 'nats', 'Score', 'reading', 'check_fit', 'table', 'evaluate', 'decayed', 'random_state',
-           'set_random_state', 'seed_random', 'Learner', 'WholeFiles', 'quiet', 'fit']
+           'set_random_state', 'seed_random', 'Learner', 'WholeFiles', 'Keep', 'quiet', 'fit']
 
 # %% ../../nbs/core/07_learner.ipynb #8c87d4ec
 import json, logging, math, os, random, warnings
@@ -336,7 +336,7 @@ def on_save_checkpoint(self:Learner, checkpoint):
     "Add the learner's part. FloatingPointError instead of a bad checkpoint."
     bad = [name for name,p in self.model.named_parameters() if not p.isfinite().all()]
     if bad: raise FloatingPointError(f"parameters: {bad[0]} is not finite after update {self.trainer.global_step}; the last checkpoint is kept")
-    mine = dict(state=self.pack(self.state), random=random_state(self.device))
+    mine = dict(state=self.pack(self.state), random=self._random if self.trainer.validating else random_state(self.device))
     ranks = [mine]*self.trainer.world_size
     if len(ranks) > 1: torch.distributed.all_gather_object(ranks, mine)
     checkpoint["learner"] = dict(ranks=ranks, place=self.place, window=self.window, seed=self.seed, data=self.task.seed,
@@ -371,6 +371,20 @@ class WholeFiles(TorchCheckpointIO):
     def load_checkpoint(self, path, map_location="cpu", weights_only=True):
         if not Path(path).is_file(): raise FileNotFoundError(f"resume: no checkpoint at {path}")
         return torch.load(path, map_location=map_location, weights_only=True)
+
+class Keep(ModelCheckpoint):
+    "Writes last.ckpt after every so many updates – where a validation is due, after it: Lightning makes up for none on resuming."
+    def __init__(self,
+        out:str|Path, # folder
+        every:int, # updates
+        validate:int|None=None, # windows between validations; None: there are none
+    ):
+        super().__init__(out, "last", every_n_train_steps=every, enable_version_counter=False)
+        self.validate = validate
+    def on_train_batch_end(self, trainer, learner, outputs, batch, batch_idx):
+        if self.validate and (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % self.validate == 0: return
+        super().on_train_batch_end(trainer, learner, outputs, batch, batch_idx)
+    def on_validation_end(self, trainer, learner): super().on_train_batch_end(trainer, learner, None, None, 0)
 
 @contextmanager
 def quiet():
@@ -408,7 +422,7 @@ def fit(
     if every is not None and out is None: raise ValueError("out: checkpoints (every=…) need a folder; got None")
     if every is not None and every < 1: raise ValueError(f"every: expected at least 1 update; got {every}")
     learner, device = Learner(model, task, schedule, window, weight_decay=weight_decay, clip=clip, betas=betas, seed=seed), next(model.parameters()).device
-    save = [] if every is None else [ModelCheckpoint(out, "last", every_n_train_steps=every, enable_version_counter=False)]
+    save = [] if every is None else [Keep(out, every, validate)]
     options = dict(max_steps=schedule.steps, max_epochs=-1, devices=1, deterministic=True, log_every_n_steps=10, num_sanity_val_steps=0,
         logger=CSVLogger(out, name=None) if out else False, enable_checkpointing=bool(save), enable_progress_bar=False, enable_model_summary=False,
         limit_val_batches=0 if validate is None else 1., val_check_interval=validate, check_val_every_n_epoch=None, plugins=[WholeFiles()])

@@ -144,7 +144,7 @@ def rotated(
     new,w = deepcopy(model),model.head.weight
     n,d = len(new.blocks),w.shape[1]
     Q = [torch.eye(d).to(w), *(random_rotation(d, 1000*seed + l, w) for l in range(1, n)), torch.eye(d).to(w)]
-    new.blocks = nn.ModuleList(Turned(block, Q[l], Q[l+1]) for l,block in enumerate(new.blocks))
+    for l,block in enumerate(new.blocks): new.blocks[l] = Turned(block, Q[l], Q[l+1]) # in the list itself: a wrapped model runs the one it came with
     return new
 
 # %% ../../nbs/inside/20b_stream.ipynb #b0153eab

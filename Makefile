@@ -39,7 +39,7 @@ figures: export fetch ## run the chapters that are missing or changed; regenerat
 
 test: $(STAMP) ## set-up, clean gate, every notebook at smoke, ruff, mypy, pytest (LONG=1: the long forms too)
 	@$(MAKE) --no-print-directory clean-gate fetch smoke lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean-gate: $(STAMP) ## export and clean change no byte of the tree
 	@before=$$(mktemp); after=$$(mktemp); list() { git ls-files -z --cached --others --exclude-standard nbs memnotes settings.ini pyproject.toml | xargs -0 sha256sum 2>&1; }; \

@@ -386,6 +386,7 @@ class Keep(ModelCheckpoint):
         super().on_train_batch_end(trainer, learner, outputs, batch, batch_idx)
     def on_validation_end(self, trainer, learner): super().on_train_batch_end(trainer, learner, None, None, 0)
 
+# %% ../../nbs/core/07_learner.ipynb #9d1e3a70
 @contextmanager
 def quiet():
     "Lightning without its remarks; global random states and determinism as before afterwards."

@@ -22,10 +22,10 @@ def audit(folder:Path)->list[str]:
         if {"svg", "csv"} - set(figure["sha256"]): wrong.append(f"{slug}: svg and csv need a sha256")
         wrong += [f"{slug}.{kind} is missing" for kind in ("svg", "png", "csv") if not (folder/f"{slug}.{kind}").exists()]
         wrong += [f"{slug}.{kind} does not match its sha256" for kind,sha in figure["sha256"].items() if (folder/f"{slug}.{kind}").exists() and sha256(folder/f"{slug}.{kind}") != sha]
-    known = {"run.json"} | {f"{s}.{k}" for s in run["figures"] for k in ("svg", "png", "csv")}
+    known = {"run.json"} | {f"{s}.{k}" for s,f in run["figures"].items() for k in {"svg", "png", "csv", *f["sha256"]}}
     for path in sorted(folder.iterdir()):
         if path.name not in known: wrong.append(f"{path.name} belongs to no figure")
-        if path.suffix in (".svg", ".csv") and path.stat().st_size > LIMIT: wrong.append(f"{path.name} has {path.stat().st_size:,} bytes")
+        if path.suffix in (".svg", ".csv", ".html") and path.stat().st_size > LIMIT: wrong.append(f"{path.name} has {path.stat().st_size:,} bytes")
         if path.suffix == ".svg" and 'role="img"' not in path.read_text()[:1000]: wrong.append(f"{path.name} carries no description")
         if path.suffix == ".png" and path.read_bytes()[:8] != b"\x89PNG\r\n\x1a\n": wrong.append(f"{path.name} is no png")
     for name,check in run["checks"].items():

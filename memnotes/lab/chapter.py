@@ -365,9 +365,9 @@ def device(name:str)->str:
 
 # %% ../../nbs/lab/02c_chapter.ipynb #5aff759b
 def _figures(out, told):
-    "Figures in the staging folder with alt text and sha256."
+    "Figures in the staging folder, and pages of the same name, with alt text and sha256."
     slugs = sorted({f.stem for f in out.iterdir() if f.suffix in (".svg", ".csv")})
-    sha = lambda s: {k: sha256(out/f"{s}.{k}") for k in ("svg", "csv") if (out/f"{s}.{k}").exists()}
+    sha = lambda s: {k: sha256(out/f"{s}.{k}") for k in ("svg", "csv", "html") if (out/f"{s}.{k}").exists()}
     return {s: {"alt": "", "measured": False} | told.get(s, {}) | {"sha256": sha(s)} for s in slugs}
 
 def compose(

@@ -7,8 +7,8 @@ __all__ = ['MOST', 'DENSE', 'n_states', 'states', 'state_number', 'next_token', 
            'stationary', 'spectral_gap', 'distance', 'mixing_time', 'entropy_rate', 'entropy_terms', 'rows_of',
            'published_rate']
 
-# %% ../../nbs/attention/13a_chain.ipynb #c7b576fa
-import math
+# %% ../../nbs/attention/13a_chain.ipynb #c99a9b53
+import math, warnings
 import numpy as np, scipy.sparse as sp, torch, torch.nn.functional as F
 from jaxtyping import Float, Int
 from scipy import linalg
@@ -118,14 +118,14 @@ def period(P, members:np.ndarray)->int:
     i, j = A.nonzero()
     return int(np.gcd.reduce(level[i] + 1 - level[j]))
 
-# %% ../../nbs/attention/13a_chain.ipynb #aa4b0c01
+# %% ../../nbs/attention/13a_chain.ipynb #04de4ba0
 def stationary(P)->Float[np.ndarray, "n"]:
     "The distribution that a step leaves unchanged: rows of (I - P + 11')^-1 summed, on the one closed class; ValueError if there are several."
     P, classes = _chain(P), closed_classes(P)
     if len(classes) > 1: raise ValueError(f"P: has {len(classes)} closed classes, so as many stationary distributions; take one, P[c][:,c] for c in closed_classes(P)")
     c, pi = classes[0], np.zeros(P.shape[0])
     A = P[c][:,c]
-    if len(c) <= DENSE: x = linalg.solve((np.eye(len(c)) - A.toarray() + 1).T, np.ones(len(c)))
+    if len(c) <= DENSE: x = _solved(A.toarray())
     else:
         x = np.full(len(c), 1/len(c))
         for _ in range(100_000): # half-lazy steps, so that a period does no harm
@@ -135,6 +135,21 @@ def stationary(P)->Float[np.ndarray, "n"]:
     pi[c] = x.clip(0)/x.clip(0).sum()
     return pi
 
+def _solved(A:np.ndarray)->np.ndarray:
+    "The left fixed vector; where the solve is ill-conditioned, by elimination without subtraction (Grassmann, Taksar and Heyman 1985)."
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", linalg.LinAlgWarning)
+        try: return linalg.solve((np.eye(len(A)) - A + 1).T, np.ones(len(A)))
+        except (linalg.LinAlgWarning, linalg.LinAlgError): A = A.copy()
+    for k in range(len(A)-1, 0, -1):
+        A[:k,k] /= A[k,:k].sum()
+        A[:k,:k] += np.outer(A[:k,k], A[k,:k])
+    x = np.ones(len(A))
+    for k in range(1, len(A)): x[k] = x[:k]@A[:k,k]
+    if not np.isfinite(x).all(): raise ArithmeticError("P: some states are reached with probabilities too small for float64; raise the temperature")
+    return x
+
+# %% ../../nbs/attention/13a_chain.ipynb #524c51c4
 def spectral_gap(P)->float:
     "1 - |second eigenvalue|: 0 with a period or two closed classes; all eigenvalues up to 512 states, Arnoldi iteration above."
     P = _chain(P)
@@ -143,7 +158,7 @@ def spectral_gap(P)->float:
 
 def _gap(P)->float: return float(1 - np.sort(np.abs(linalg.eigvals(P.toarray())))[-2])
 
-# %% ../../nbs/attention/13a_chain.ipynb #d64be1f4
+# %% ../../nbs/attention/13a_chain.ipynb #5c0fba76
 def distance(M:Float[np.ndarray, "n n"], pi:Float[np.ndarray, "n"])->float:
     "Total variation between a power of P and pi, from the worst start."
     return float(np.abs(M - pi).sum(1).max()/2)
@@ -167,7 +182,7 @@ def mixing_time(
         if distance(step := M@Q, pi) > eps: n, M = n + 2**k, step
     return n + 1
 
-# %% ../../nbs/attention/13a_chain.ipynb #eb843e03
+# %% ../../nbs/attention/13a_chain.ipynb #bee43b14
 def entropy_rate(P)->float: # nats a token
     "What a step of the chain is worth in the long run: its rows' entropies, weighted by the stationary distribution."
     P = _chain(P)
@@ -188,7 +203,7 @@ def rows_of(
     full = sp.coo_array(_chain(P)[_first(vocab, context):])
     return sp.coo_array((full.data, (full.row, full.col % vocab)), (full.shape[0], vocab)).toarray()
 
-# %% ../../nbs/attention/13a_chain.ipynb #a35a795b
+# %% ../../nbs/attention/13a_chain.ipynb #bbeda9b3
 def published_rate(
     P, # transition matrix over all contexts
     context:int, # K

@@ -14,7 +14,7 @@ from scipy import linalg
 from torch import Tensor, nn
 from .chain import _chain, _first, closed_classes, entropy_terms, next_token, rows_of, state_number, stationary
 
-# %% ../../nbs/attention/13b_walk.ipynb #97bd69f5
+# %% ../../nbs/attention/13b_walk.ipynb #c487e158
 @torch.no_grad()
 def refeed(
     model:nn.Module, # any `SequenceModel`, in evaluation mode
@@ -29,7 +29,10 @@ def refeed(
     if context < 1 or 0 in tokens.shape: raise ValueError(f"tokens, context: expected at least one token and a window of one, got shape {tuple(tokens.shape)} and {context}")
     window, out = tokens[:,-context:], []
     for _ in range(n):
-        seen, at = window.unique(dim=0, return_inverse=True)
+        at = window[:,0] # which rows stand on the same state: joined column by column
+        for column in window.unbind(1)[1:]: at = (at.unique(return_inverse=True)[1]*model.vocab + column)
+        at = at.unique(return_inverse=True)[1]
+        seen = window[at.new_zeros(at.max()+1).scatter_(0, at, torch.arange(len(at), device=at.device))]
         p = next_token(model.head(model.norm(model.hidden(seen)[0][:,-1])), temperature)[at]
         out.append(torch.multinomial(p, 1, generator=generator) if temperature else p.argmax(-1, keepdim=True))
         window = torch.cat([window, out[-1]], 1)[:,-context:]

@@ -10,7 +10,7 @@ import numpy as np, pandas as pd, torch
 from memnotes.attention.chain import n_states, next_token, states, transition_matrix
 from memnotes.core.sequence import Transformer
 
-REPETITIONS, SIZES = 5, [(4, 4), (4, 6), (16, 3)]
+REPETITIONS, SIZES = 5, [(4, 4), (4, 5), (8, 3)]
 
 
 def one_by_one(model, vocab, context):

@@ -2,11 +2,11 @@
 
 python benchmarks/markov.py prints the table and writes benchmarks/markov.csv; peer and ours alternate in one process.
 """
-import platform, statistics, time
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 
+from bench import alternately, machine
 from memnotes.attention.chain import n_states, next_token, states, transition_matrix
 from memnotes.core.sequence import Transformer
 
@@ -26,10 +26,6 @@ def in_batches(model, vocab, context, batch=4096):
         start += vocab**l
     return torch.cat(out)
 
-def machine():
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())
-    return f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
 @torch.no_grad()
 def main():
     torch.set_num_threads(2)
@@ -42,13 +38,7 @@ def main():
         P = ours()
         for name,peer in peers.items():
             assert np.abs(P.data.reshape(-1, vocab) - peer().numpy()).max() < 1e-5
-            took = {"ours": [], "peer": []}
-            for _ in range(REPETITIONS):
-                for who,run in (("peer", peer), ("ours", ours)):
-                    start = time.perf_counter()
-                    run()
-                    took[who].append(time.perf_counter() - start)
-            mid = {who: statistics.median(t) for who,t in took.items()}
+            mid = alternately({"peer": peer, "ours": ours}, REPETITIONS, warm=0)
             n = n_states(vocab, context)
             rows.append(dict(vocab=vocab, context=context, states=n, peer=name, ours_s=round(mid["ours"], 4), peer_s=round(mid["peer"], 4),
                              ours_states_per_s=round(n/mid["ours"]), ratio=round(mid["peer"]/mid["ours"], 2), repetitions=REPETITIONS, machine=machine()))

@@ -1,0 +1,98 @@
+"""Attention along edges against torch-geometric's TransformerConv and SDPA under a Boolean mask, on four graphs.
+
+Run: python benchmarks/graph.py. Ours and each peer alternate in one process; medians of the repetitions; writes benchmarks/graph.csv.
+TransformerConv is timed whole, its three linear maps included; ours is timed with the same maps. SDPA and ours are compared without maps.
+"""
+import argparse
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from memnotes.attention.graph import band_graph, causal_graph, complete_graph, edge_attention, edges_to_mask, random_graph
+
+H, D = 8, 64 # heads, width of each
+
+
+def machine(threads):
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
+    return f"{cpu}, {os.cpu_count()} cores, torch {torch.__version__}, {threads} threads"
+
+
+def seconds(run):
+    t = time.perf_counter()
+    run()
+    return time.perf_counter() - t
+
+
+def backward(f, *leaves):
+    def run():
+        torch.autograd.grad(f().sum(), leaves)
+    return run
+
+
+def compare(ours, peer, repetitions):
+    "Median seconds of both, taken in turns after one warm-up, and the median ratio of neighbours in time."
+    ours(), peer()
+    pairs = [(seconds(ours), seconds(peer)) for _ in range(repetitions)]
+    a, b = (statistics.median(x) for x in zip(*pairs))
+    return dict(ours_ms=1e3*a, peer_ms=1e3*b, ratio=b/a, ratio_of_pairs=statistics.median(p/o for o,p in pairs))
+
+
+def against_pyg(edges, n, repetitions, width):
+    from torch_geometric.nn import TransformerConv
+    torch.manual_seed(0)
+    conv, x = TransformerConv(H*width, width, heads=H, root_weight=False), torch.randn(n, H*width)
+    split = lambda y: y.view(n, H, width).transpose(0, 1)
+    ours = lambda: edge_attention(split(conv.lin_query(x)), split(conv.lin_key(x)), split(conv.lin_value(x)), edges).transpose(0, 1).reshape(n, -1)
+    with torch.no_grad():
+        y, ref = ours(), conv(x, edges)
+        assert (y - ref).abs().max() <= 1e-5*ref.abs().max()
+        yield "forward", compare(ours, lambda: conv(x, edges), repetitions)
+    leaves = list(conv.parameters())
+    yield "forward + backward", compare(backward(ours, *leaves), backward(lambda: conv(x, edges), *leaves), repetitions)
+
+
+def against_sdpa(edges, n, repetitions):
+    q, k, v = torch.randn(3, H, n, D, generator=torch.Generator().manual_seed(0))
+    mask = edges_to_mask(edges, n)
+    ours, peer = lambda: edge_attention(q, k, v, edges), lambda: F.scaled_dot_product_attention(q[None], k[None], v[None], mask)[0]
+    with torch.no_grad():
+        assert (ours() - peer()).abs().max() <= 1e-5
+        yield "forward", compare(ours, peer, repetitions)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    yield "forward + backward", compare(backward(ours, *leaves), backward(peer, *leaves), repetitions)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repetitions", type=int, default=7)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    g, rows, where = torch.Generator().manual_seed(0), [], machine(args.threads)
+    def add(graph, n, edges, peer, passed, numbers):
+        rows.append(dict(graph=graph, n=n, edges=edges.shape[1], peer=peer, passed=passed, **numbers, repetitions=args.repetitions, machine=where))
+        print({k: round(v, 2) if isinstance(v, float) else v for k,v in rows[-1].items() if k != "machine"}, flush=True)
+    n = 1024
+    four = {"complete": complete_graph(n), "causal": causal_graph(n), "band 32": band_graph(n, 32), "random 32": random_graph(n, 32, g)}
+    try: import torch_geometric
+    except ImportError as error:
+        for name,e in four.items(): add(name, n, e, "TransformerConv", "forward", dict(note=f"not measured: {error}"))
+    else:
+        for width in (D, D//H):
+            for name,e in four.items():
+                for passed,numbers in against_pyg(e, n, args.repetitions, width): add(name, n, e, f"TransformerConv {torch_geometric.__version__}, {H} heads of {width}", passed, numbers)
+    for name,e in four.items():
+        for passed,numbers in against_sdpa(e, n, args.repetitions): add(name, n, e, f"SDPA, Boolean mask, {H} heads of {D}", passed, numbers)
+    for name,n,e in (("band 32", 2048, band_graph(2048, 32)), ("band 32", 4096, band_graph(4096, 32)), ("random 32", 4096, random_graph(4096, 32, g))):
+        for passed,numbers in against_sdpa(e, n, args.repetitions): add(name, n, e, f"SDPA, Boolean mask, {H} heads of {D}", passed, numbers)
+    pd.DataFrame(rows).to_csv(Path(__file__).with_suffix(".csv"), index=False, float_format="%.4g")
+
+
+if __name__ == "__main__": main()

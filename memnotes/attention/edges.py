@@ -64,6 +64,7 @@ def band_graph(n:int, width:int, device:torch.device|None=None)->Int[Tensor, "2 
     source = target + torch.arange(1-min(width, n), 1, device=device)
     return torch.stack([source, target.expand_as(source)])[:,source >= 0]
 
+# %% ../../nbs/attention/10a_edges.ipynb #d7c8270f
 def random_graph(
     n:int, # nodes
     degree:int, # incoming edges of each, at most n
@@ -78,7 +79,7 @@ def random_graph(
         picked = torch.cat([picked, torch.where((picked == x).any(1, keepdim=True), j, x)], 1)
     return torch.stack([picked.sort(1).values.flatten(), torch.arange(n, device=picked.device).repeat_interleave(degree)])
 
-# %% ../../nbs/attention/10a_edges.ipynb #1db23882
+# %% ../../nbs/attention/10a_edges.ipynb #29919c44
 def message_passing(
     query:Float[Tensor, "*h t d"], # of the targets
     key:Float[Tensor, "*h s d"], # of the sources
@@ -94,7 +95,7 @@ def message_passing(
     message = (w/z[...,target])[...,None]*value[...,source,:]
     return message.new_zeros(*query.shape[:-1], value.shape[-1]).index_add(-2, target, message)
 
-# %% ../../nbs/attention/10a_edges.ipynb #a9d10f18
+# %% ../../nbs/attention/10a_edges.ipynb #da62be7b
 BLOCK, FETCH, CACHE = 64, 32, 2**20 # targets of a block; scores computed in the time of fetching one key and value; numbers gathered at a time
 
 def _mask(place:Tensor, shape:tuple, like:Tensor)->Tensor:
@@ -114,7 +115,7 @@ def _attend(query, key, value, mask, scale):
     y = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
     return y.masked_fill(alone, 0) if alone.any() else y
 
-# %% ../../nbs/attention/10a_edges.ipynb #da62be7b
+# %% ../../nbs/attention/10a_edges.ipynb #2f937800
 def _blocks(source:Tensor, target:Tensor, size:int, t:int, s:int, like:Tensor)->Iterator[tuple[Tensor, Tensor, Tensor]]:
     "Blocks of `size` targets, classed by how many sources they share: their numbers, sources (blocks, u) and mask (blocks, size, u)."
     block = target//size
@@ -133,7 +134,7 @@ def _blocks(source:Tensor, target:Tensor, size:int, t:int, s:int, like:Tensor)->
         place = (row[block]*size + target % size)*u + slot[edge]
         yield rows, sources, _mask(place[here], (len(rows), size, u), like)
 
-# %% ../../nbs/attention/10a_edges.ipynb #2f937800
+# %% ../../nbs/attention/10a_edges.ipynb #c47cc4e8
 def _gather_attend(query, key, value, source, target, size, scale):
     "Attention of blocks of `size` targets to the union of their sources, a cacheful at a time; all of shape (heads, nodes, width)."
     (h, t, d), s = query.shape, key.shape[1]
@@ -148,7 +149,7 @@ def _gather_attend(query, key, value, source, target, size, scale):
     y = torch.cat(out, 1).index_select(1, torch.cat(done).argsort())
     return y.flatten(1, 2)[:,:t]
 
-# %% ../../nbs/attention/10a_edges.ipynb #c47cc4e8
+# %% ../../nbs/attention/10a_edges.ipynb #f9e9b54f
 def edge_attention(
     query:Float[Tensor, "*h t d"], # of the targets
     key:Float[Tensor, "*h s d"], # of the sources
@@ -173,7 +174,7 @@ def edge_attention(
     else: y = _attend(q[None], k[None], v[None], _mask(target*s + source, (t, s), q), scale)[0]
     return y.reshape(*shapes[0][:-1], shapes[2][-1])
 
-# %% ../../nbs/attention/10a_edges.ipynb #769d1938
+# %% ../../nbs/attention/10a_edges.ipynb #730bf387
 def renumber(
     edge_index:Int[Tensor, "2 e"], # sources, targets
     order:Int[Tensor, "n"], # new node i is old node order[i]

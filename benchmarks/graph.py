@@ -74,26 +74,34 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--peer", default="", help="SDPA or TransformerConv; empty: both")
+    parser.add_argument("--graph", default="", help="complete, causal, band or random; empty: all")
+    parser.add_argument("--width", type=int, default=0, help="of a head, against TransformerConv; 0: 8 and 64")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    g, rows, where = torch.Generator().manual_seed(0), [], machine(args.threads)
+    g, where, path = torch.Generator().manual_seed(0), machine(args.threads), Path(__file__).with_suffix(".csv")
     def add(graph, n, edges, peer, passed, numbers):
-        rows.append(dict(graph=graph, n=n, edges=edges.shape[1], peer=peer, passed=passed, **numbers, repetitions=args.repetitions, machine=where))
-        pd.DataFrame(rows).to_csv(Path(__file__).with_suffix(".csv"), index=False, float_format="%.4g") # kept after every row: the last ones take minutes
-        print({k: round(v, 2) if isinstance(v, float) else v for k,v in rows[-1].items() if k != "machine"}, flush=True)
+        "Write the row at once, in place of an older one: the last comparisons take minutes."
+        row = dict(graph=graph, n=n, edges=edges.shape[1], peer=peer, passed=passed, **numbers, repetitions=args.repetitions, machine=where)
+        old = pd.read_csv(path) if path.exists() else pd.DataFrame()
+        if len(old): old = old[~((old.graph == graph) & (old.n == n) & (old.peer == peer) & (old.passed == passed))]
+        pd.concat([old, pd.DataFrame([row])]).sort_values(["peer", "n", "graph", "passed"]).to_csv(path, index=False, float_format="%.4g")
+        print({k: round(v, 2) if isinstance(v, float) else v for k,v in row.items() if k != "machine"}, flush=True)
     n = 1024
     four = {"complete": complete_graph(n), "causal": causal_graph(n), "band 32": band_graph(n, 32), "random 32": random_graph(n, 32, g)}
-    for name,e in four.items():
-        for passed,numbers in against_sdpa(e, n, args.repetitions): add(name, n, e, f"SDPA, Boolean mask, {H} heads of {D}", passed, numbers)
-    for name,n,e in (("band 32", 2048, band_graph(2048, 32)), ("band 32", 4096, band_graph(4096, 32)), ("random 32", 4096, random_graph(4096, 32, g))):
-        for passed,numbers in against_sdpa(e, n, args.repetitions): add(name, n, e, f"SDPA, Boolean mask, {H} heads of {D}", passed, numbers)
-    try: import torch_geometric
-    except ImportError as error:
-        for name,e in four.items(): add(name, n, e, "TransformerConv", "forward", dict(note=f"not measured: {error}"))
-    else:
+    larger = [("band 32", 2048, band_graph(2048, 32)), ("band 32", 4096, band_graph(4096, 32)), ("random 32", 4096, random_graph(4096, 32, g))]
+    if args.peer in ("", "SDPA"):
+        for name,m,e in [(name, n, e) for name,e in four.items()] + larger:
+            if not name.startswith(args.graph): continue
+            for passed,numbers in against_sdpa(e, m, args.repetitions): add(name, m, e, f"SDPA, Boolean mask, {H} heads of {D}", passed, numbers)
+    if args.peer in ("", "TransformerConv"):
         for name,e in reversed(four.items()): # the slowest last
-            for width in (D//H, D):
-                for passed,numbers in against_pyg(e, n, args.repetitions, width): add(name, n, e, f"TransformerConv {torch_geometric.__version__}, {H} heads of {width}", passed, numbers)
+            if not name.startswith(args.graph): continue
+            for width in (args.width,) if args.width else (D//H, D):
+                peer = f"TransformerConv, {H} heads of {width}"
+                try:
+                    for passed,numbers in against_pyg(e, n, args.repetitions, width): add(name, n, e, peer, passed, numbers)
+                except ImportError as error: add(name, n, e, peer, "forward", dict(note=f"not measured: {error}"))
 
 
 if __name__ == "__main__": main()

@@ -1,6 +1,6 @@
 """Attention along edges against torch-geometric's TransformerConv and SDPA under a Boolean mask, on four graphs.
 
-Run: python benchmarks/graph.py. Ours and each peer alternate in one process; medians of the repetitions; writes benchmarks/graph.csv.
+Run: python benchmarks/graph.py. Ours and each peer alternate in one process; medians of the repetitions; writes benchmarks/graph.csv, with the machine's load average beside each row.
 TransformerConv is timed whole, its three linear maps included; ours is timed with the same maps. SDPA and ours are compared without maps.
 """
 import argparse
@@ -37,7 +37,7 @@ def backward(f, *leaves):
 
 
 def compare(ours, peer, repetitions):
-    "Median seconds of both, taken in turns after one warm-up, and the median ratio of neighbours in time."
+    "Median milliseconds of both, taken in turns after one warm-up, and the median ratio of neighbours in time."
     ours(), peer()
     pairs = [(seconds(ours), seconds(peer)) for _ in range(repetitions)]
     a, b = (statistics.median(x) for x in zip(*pairs))
@@ -82,7 +82,7 @@ def main():
     g, where, path = torch.Generator().manual_seed(0), machine(args.threads), Path(__file__).with_suffix(".csv")
     def add(graph, n, edges, peer, passed, numbers):
         "Write the row at once, in place of an older one: the last comparisons take minutes."
-        row = dict(graph=graph, n=n, edges=edges.shape[1], peer=peer, passed=passed, **numbers, repetitions=args.repetitions, machine=where)
+        row = dict(graph=graph, n=n, edges=edges.shape[1], peer=peer, passed=passed, **numbers, repetitions=args.repetitions, machine=where, load=f"{os.getloadavg()[0]:.0f}")
         old = pd.read_csv(path) if path.exists() else pd.DataFrame()
         if len(old): old = old[~((old.graph == graph) & (old.n == n) & (old.peer == peer) & (old.passed == passed))]
         pd.concat([old, pd.DataFrame([row])]).sort_values(["peer", "n", "graph", "passed"]).to_csv(path, index=False, float_format="%.4g")

@@ -255,8 +255,9 @@ def environment(run:Run, stage:Path)->dict[str,str]:
     quiet = dict(TQDM_DISABLE="1", TQDM_NOTEBOOK="0", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false", PYDEVD_DISABLE_FILE_VALIDATION="1")
     fixed = dict(PYTHONHASHSEED="0", MPLBACKEND="module://matplotlib_inline.backend_inline", CUBLAS_WORKSPACE_CONFIG=":4096:8", TZ="UTC",
                  IPYTHONDIR=str(stage/"ipython"), PYTHONPATH=os.pathsep.join(filter(None, [str(run.root), os.environ.get("PYTHONPATH", "")])))
+    heap = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**33), MALLOC_TOP_PAD_=str(2**26)) # glibc gives no page back: half the time of a large buffer is its pages
     mine = dict(MEMNOTES_ROOT=str(run.root), MEMNOTES_OUT=str(stage/"out"), MEMNOTES_RUNNER=f"{run.root}|{me()}")
-    return {k: v for k,v in os.environ.items() if k != "MEMNOTES_PARENT"} | threads | quiet | fixed | mine
+    return {k: v for k,v in os.environ.items() if k != "MEMNOTES_PARENT"} | threads | quiet | fixed | heap | mine
 
 # %% ../../nbs/lab/02c_chapter.ipynb #e1709ae8
 def probe():

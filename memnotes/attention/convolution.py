@@ -121,7 +121,11 @@ def dense(self:RelativeAttention2d,
     y = torch.einsum("ohc,bhnc->bon", self.weight, z).unflatten(-1, (p, q))
     return y if self.bias is None else y + self.bias[:,None,None]
 
-# %% ../../nbs/attention/12_convolution.ipynb #4b9e8100
+# %% ../../nbs/attention/12_convolution.ipynb #d79df66e
+def _positive(alpha:float):
+    "ValueError unless alpha is a sharpness."
+    if not (math.isfinite(alpha) and alpha > 0): raise ValueError(f"alpha: expected a finite sharpness above 0, such as 46; got {alpha}")
+
 def conv_as_attention(
     conv:nn.Conv2d, # stride 1, groups 1; any kernel size, dilation, padding and padding mode
     alpha:float=46., # sharpness, 1/pixel^2; the error falls as e^-alpha, below float64's rounding from 37 on
@@ -171,7 +175,7 @@ def attention_as_conv(
     if layer.bias is not None: conv.bias.copy_(layer.bias)
     return conv
 
-# %% ../../nbs/attention/12_convolution.ipynb #383a6dae
+# %% ../../nbs/attention/12_convolution.ipynb #a4c2e305
 class CausalRelativeAttention(nn.Module):
     "Causal attention over time whose scores depend on the lag alone: `y, state = mixer(x, state)`, its state all inputs so far behind a prefix of zeros."
     def __init__(self,
@@ -184,8 +188,7 @@ class CausalRelativeAttention(nn.Module):
         super().__init__()
         if n_heads < 1: raise ValueError(f"n_heads: expected at least 1; got {n_heads}")
         if prefix < 0: raise ValueError(f"prefix: expected a number of zeros >= 0; got {prefix}")
-        d_out = d_out or d_model
-        self.d_model, self.prefix = d_model, prefix
+        self.d_model, self.prefix, d_out = d_model, prefix, d_out or d_model
         self.centre = nn.Parameter(-torch.arange(n_heads).float()) # Delta_h <= 0, steps
         self.log_alpha = nn.Parameter(torch.zeros(n_heads)) # ln alpha_h
         self.weight = nn.Parameter(torch.empty(d_out, n_heads, d_model).uniform_(-1, 1)/math.sqrt(n_heads*d_model)) # W_h
@@ -205,11 +208,7 @@ class CausalRelativeAttention(nn.Module):
         y = torch.einsum("ohc,hbtc->bto", self.weight, torch.einsum("hts,bsc->hbtc", a, seen))
         return y if self.bias is None else y + self.bias, dict(values=seen)
 
-# %% ../../nbs/attention/12_convolution.ipynb #31c254f3
-def _positive(alpha:float):
-    "ValueError unless alpha is a sharpness."
-    if not (math.isfinite(alpha) and alpha > 0): raise ValueError(f"alpha: expected a finite sharpness above 0, such as 46; got {alpha}")
-
+# %% ../../nbs/attention/12_convolution.ipynb #d40767c0
 def causal_conv_as_attention(
     conv:nn.Conv1d, # stride 1, groups 1, zeros as padding; its outputs that see no future
     alpha:float=46., # sharpness, 1/step^2

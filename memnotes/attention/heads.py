@@ -14,24 +14,24 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from ..core.sequence import Attention, SequenceModel, causal_mask, rope_table, rotate
 
-# %% ../../nbs/attention/12a_heads.ipynb #a1b36958
+# %% ../../nbs/attention/12a_heads.ipynb #c59ec128
 def kernel_pattern(
     log_weight:Float[Tensor, "h n"], # ln k by lag, 0 first
     t:int, # positions, at most n
-    log_sink:Float[Tensor, "h"]|None=None, # ln s of the first position; None: no sink
-)->Float[Tensor, "h t t"]: # rows sum to 1
-    "The causal attention of a head that knows lags only: P_ij = k_{i-j} / sum_{l<=i} k_l, and s more for j = 0."
+    softmax:bool=False, # over the lags within reach: rows then sum to 1
+)->Float[Tensor, "h t t"]: # 0 above the diagonal
+    "What a head that knows lags only attends to: P_ij = k_{i-j}, or with `softmax` k_{i-j} / sum_{l<=i} k_l."
     if not 1 <= t <= log_weight.shape[-1]: raise ValueError(f"t: expected 1 to {log_weight.shape[-1]}, the lags of the kernel; got {t}. Fit it on longer attention")
     score = F.pad(log_weight[:,:t].flip(-1), (0, t-1), value=-math.inf).unfold(-1, t, 1).flip(-2)
-    if log_sink is not None: score = torch.cat([torch.logaddexp(score[...,:1], log_sink[:,None,None]), score[...,1:]], -1)
-    return score.softmax(-1)
+    return score.softmax(-1) if softmax else score.exp()
 
-# %% ../../nbs/attention/12a_heads.ipynb #fddf1459
+# %% ../../nbs/attention/12a_heads.ipynb #5b25cca8
 class Kernel(NamedTuple):
     "A head's best kernel."
-    log_weight: Float[Tensor, "h t"] # ln k by lag; the k of a head sum to 1
-    log_sink: Float[Tensor, "h"]|None # ln s, where one was asked for
+    log_weight: Float[Tensor, "h t"] # ln k by lag
+    softmax: bool # whether they are divided by their sum within reach
     r2: Float[Tensor, "h"] # share of the squared error of uniform attention that it removes, on what it was fitted to
+    def pattern(self, t:int)->Float[Tensor, "h t t"]: return kernel_pattern(self.log_weight, t, self.softmax)
 
 def squared_errors(
     attention:Float[Tensor, "b h t t"], # causal, rows sum to 1
@@ -41,33 +41,24 @@ def squared_errors(
     error = lambda p: (attention - p).square().sum((-2, -1), dtype=torch.float64)
     return error(pattern), error(torch.ones_like(pattern[0]).tril()/torch.arange(1, len(pattern[0])+1, device=pattern.device)[:,None])
 
-# %% ../../nbs/attention/12a_heads.ipynb #f8a58f80
+# %% ../../nbs/attention/12a_heads.ipynb #530dc30b
 def _normal_equations(
     lags:Float[Tensor, "h i l"], # mean attention by lag
-    theta:Float[Tensor, "h l+1"], # ln k, and ln s last (-inf: no sink)
-)->tuple[Tensor,Tensor,Tensor]: # squared error, its gradient/2, J^T J
-    "Where a kernel stands: row i gives lag l the weight P_il = (k_l + s [l = i])/D_i, so with Q_i = (k, s)/D_i the Jacobian is J_i = ([I, e_i] - P_i 1^T) diag Q_i."
-    h, t = lags.shape[:2]
-    seen = F.pad(torch.ones_like(lags[0]).tril(), (0, 1), value=1.)
-    Q = theta.exp()[:,None]*seen
-    Q = Q/Q.sum(-1, keepdim=True)
-    P = Q[...,:-1] + torch.diag_embed(Q[...,-1])
-    ends = lambda x: torch.cat([x, x.diagonal(dim1=-2, dim2=-1)[...,None]], -1) # [I, e_i]^T x_i
+    theta:Float[Tensor, "h l"], # ln k
+)->tuple[Tensor,Tensor,Tensor]: # squared error, J^T r, J^T J
+    "Where a softmax kernel stands: row i gives lag l the weight P_il, with Jacobian J_i = (I - P_i 1^T) diag P_i in ln k."
+    P = theta[:,None].expand_as(lags).masked_fill(torch.ones_like(lags[0]).triu(1).bool(), -math.inf).softmax(-1)
     r = lags - P
-    gradient = (Q*((P*r).sum(-1, keepdim=True) - ends(r))).sum(1)
-    mixed = (ends(P)*Q).mT@Q
-    JJ = torch.diag_embed(Q.square().sum(1)) - mixed - mixed.mT + (Q*P.square().sum(-1, keepdim=True)).mT@Q
-    both = Q.diagonal(dim1=-2, dim2=-1)*Q[...,-1] # row i's own lag meets the sink
-    JJ[:,:t,t] += both
-    JJ[:,t,:t] += both
-    return r.square().sum((-2, -1)), gradient, JJ
+    mixed = P.square().mT@P
+    JJ = torch.diag_embed(P.square().sum(1)) - mixed - mixed.mT + (P*P.square().sum(-1, keepdim=True)).mT@P
+    return r.square().sum((-2, -1)), (P*(r - (P*r).sum(-1, keepdim=True))).sum(1), JJ
 
-# %% ../../nbs/attention/12a_heads.ipynb #872d030f
+# %% ../../nbs/attention/12a_heads.ipynb #099c4df9
 @torch.no_grad()
 def fit_kernel(
     attention:Float[Tensor, "b h t t"], # causal, rows sum to 1
-    sink:bool=False, # may the first position have a weight of its own?
-    steps:int=20, # of Levenberg and Marquardt
+    softmax:bool=False, # of `kernel_pattern`
+    steps:int=20, # of Levenberg and Marquardt, for softmax
 )->Kernel:
     "The least-squares kernel of every head; ValueError unless the attention is causal and normalised."
     if attention.ndim != 4 or attention.shape[-1] != attention.shape[-2]: raise ValueError(f"attention: expected (documents, heads, t, t); got {tuple(attention.shape)}")
@@ -75,20 +66,21 @@ def fit_kernel(
     mean, t = attention.double().mean(0), attention.shape[-1]
     lag = torch.arange(t, device=mean.device)
     lags = mean.gather(-1, (lag[:,None] - lag).clamp(min=0).expand_as(mean)).tril()
-    theta = F.pad((lags.sum(1)/(t - lag) + 1e-4).log(), (0, 1), value=math.log(.05) if sink else -math.inf)
-    damping, (error, gradient, JJ) = torch.full_like(theta[:,:1], 1e-3), _normal_equations(lags, theta)
-    for _ in range(steps):
-        ridge = damping*JJ.diagonal(dim1=-2, dim2=-1) + 1e-12
-        tried = theta - torch.linalg.solve(JJ + torch.diag_embed(ridge), gradient).clamp(-3, 3)
+    theta = (lags.sum(1)/(t - lag) + softmax*1e-4).log() # the mean along a diagonal
+    damping, state = torch.full_like(theta[:,:1], 1e-3), _normal_equations(lags, theta)
+    keep = lambda better, new, old: torch.where(better.view(-1, *[1]*(new.ndim-1)), new, old)
+    for step in range(steps*softmax):
+        error, direction, JJ = state
+        ridge = torch.diag_embed(damping*JJ.diagonal(dim1=-2, dim2=-1) + 1e-12)
+        far = 2.*lag if step == 0 else 0 # a head that looks as far back as it can is better begun there
+        tried = theta + far + torch.linalg.solve(JJ + ridge, direction).clamp(-10, 10)*(step > 0)
         after = _normal_equations(lags, tried)
         better = after[0] <= error
-        damping = torch.where(better[:,None], damping/5, damping*5).clamp(1e-9, 1e6)
-        keep = lambda new, old: torch.where(better.view(-1, *[1]*(new.ndim-1)), new, old)
-        theta, error, gradient, JJ = keep(tried, theta), keep(after[0], error), keep(after[1], gradient), keep(after[2], JJ)
-    total = theta[:,:t].logsumexp(-1, keepdim=True)
-    log_weight, log_sink = theta[:,:t] - total, theta[:,t] - total[:,0] if sink else None
-    e, u = (x.sum(0) for x in squared_errors(attention, kernel_pattern(log_weight, t, log_sink).to(attention.dtype)))
-    return Kernel(log_weight, log_sink, 1 - e/u)
+        theta, state = keep(better, tried, theta), [keep(better, n, o) for n,o in zip(after, state)]
+        damping = keep(better, damping/5, damping*5).clamp(1e-9, 1e6)
+    if softmax: theta = theta.log_softmax(-1)
+    e, u = (x.sum(0) for x in squared_errors(attention, kernel_pattern(theta, t, softmax).to(attention.dtype)))
+    return Kernel(theta, softmax, 1 - e/u)
 
 # %% ../../nbs/attention/12a_heads.ipynb #40788afc
 def attention_weights(

@@ -17,7 +17,7 @@ from torch import nn
 
 from memnotes.attention.convolution import RelativeAttention2d, conv_as_attention
 
-THREADS, REPEATS = 2, 7
+THREADS, REPEATS = 2, 5
 IMAGE, BATCH = 32, 16
 
 

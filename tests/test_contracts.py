@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from memnotes.attention.convolution import CausalRelativeAttention
 from memnotes.core.cells import CELLS, GRU, LSTM, RNN, MinGRU, Recurrent
 from memnotes.core.sequence import (Attention, Block, MLP, SequenceModel, SwiGLU, Transformer,
                                     detach, generate, is_store, leaves, nbytes, select)
@@ -28,6 +29,8 @@ MIXERS = { # name -> mixer of width D
     "lstm-chrono": lambda: LSTM(D, chrono=50),
     "mingru-tanh": lambda: MinGRU(D, candidate="tanh", chrono=50),
     "mingru-stretched": lambda: MinGRU(D, stretch=1e-3),
+    "relative": lambda: CausalRelativeAttention(D, 3),
+    "relative-prefix": lambda: CausalRelativeAttention(D, 2, prefix=3, bias=False),
 }
 MODELS = { # name -> model over VOCAB tokens
     "transformer": lambda: Transformer(VOCAB, D, 2, 2),

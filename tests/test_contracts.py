@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from memnotes.attention.hopfield import CausalHopfield
 from memnotes.core.cells import CELLS, GRU, LSTM, RNN, MinGRU, Recurrent
 from memnotes.core.sequence import (Attention, Block, MLP, SequenceModel, SwiGLU, Transformer,
                                     detach, generate, is_store, leaves, nbytes, select)
@@ -28,6 +29,9 @@ MIXERS = { # name -> mixer of width D
     "lstm-chrono": lambda: LSTM(D, chrono=50),
     "mingru-tanh": lambda: MinGRU(D, candidate="tanh", chrono=50),
     "mingru-stretched": lambda: MinGRU(D, stretch=1e-3),
+    "hopfield": lambda: CausalHopfield(D, 2),
+    "hopfield-three-updates": lambda: CausalHopfield(D, 2, beta=[.5, 2.], n_updates=3),
+    "hopfield-sparse-connected": lambda: CausalHopfield(D, 2, d_head=6, alpha=2., n_updates=2, connected=True),
 }
 MODELS = { # name -> model over VOCAB tokens
     "transformer": lambda: Transformer(VOCAB, D, 2, 2),

@@ -25,6 +25,7 @@ class Heads(NamedTuple):
     plain: Float[Tensor, "b g t d"] # keys before rotation
     output: Float[Tensor, "b t m"] # what the mixer made of it
 
+# %% ../../nbs/attention/11a_keys.ipynb #c010
 @torch.no_grad()
 def heads(
     model:SequenceModel, # its blocks' mixers are `core.sequence.Attention`
@@ -44,7 +45,7 @@ def _heads(mixer, x, output)->Heads:
     query, plain, value = mixer.query_norm(split(mixer.query(x))), mixer.key_norm(split(mixer.key(x))), split(mixer.value(x))
     turn = rope_table(torch.arange(x.shape[1], device=x.device)[None], mixer.d_head, mixer.rope_base, query.dtype)
     turned = [rotate(y, *turn) if mixer.positions == "rope" else y for y in (query, plain)]
-    return Heads(*turned, value, plain, output)
+    return Heads(turned[0], turned[1], value, plain, output)
 
 def weights(
     query:Float[Tensor, "b h t d"],
@@ -55,7 +56,7 @@ def weights(
     scores = (query @ key.repeat_interleave(query.shape[1]//key.shape[1], 1).mT)*(beta or query.shape[-1]**-.5)
     return scores.masked_fill(~causal_mask(query.shape[-2], 0, device=query.device), -math.inf).softmax(-1)
 
-# %% ../../nbs/attention/11a_keys.ipynb #c013
+# %% ../../nbs/attention/11a_keys.ipynb #c014
 def in_gauge(
     key:Float[Tensor, "b g t d"], # keys, or queries by 1/conj(a)
     a:Complex[Tensor, "g d_half"], # one number a rotary pair and head
@@ -87,7 +88,7 @@ def balanced(
     q, k = size(mixer.query.weight, mixer.n_heads).unflatten(0, (mixer.n_kv_heads, -1)).mean(1), size(mixer.key.weight, mixer.n_kv_heads)
     return (q/k).pow(1/4) + 0j
 
-# %% ../../nbs/attention/11a_keys.ipynb #c022
+# %% ../../nbs/attention/11a_keys.ipynb #c023
 def by_document(
     values:Float[Tensor, "k b"], # k measures of b documents
     statistic=lambda m: m, # of their k means
@@ -101,7 +102,7 @@ def by_document(
     low, high = torch.quantile(draws, draws.new_tensor([.025, .975])).tolist()
     return torch.as_tensor(statistic(v.mean(1))).item(), (low, high)
 
-# %% ../../nbs/attention/11a_keys.ipynb #c026
+# %% ../../nbs/attention/11a_keys.ipynb #c027
 class Looks(NamedTuple):
     "What real queries do, means over positions; all but `sink` and `one_all` beyond the sink."
     sink: Float[Tensor, "b h"] # weight on the first key
@@ -130,7 +131,7 @@ def looks(
     mean = lambda flags: flags.to(w.dtype).mean(-1)
     return Looks(w[...,start:,0].mean(-1), mean(w[...,start:,:].amax(-1) >= .9), mean(best >= .9), mean(which + 1 == at), mean(which + 2 == at), mean(metastable_size(rest)/at))
 
-# %% ../../nbs/attention/11a_keys.ipynb #c033
+# %% ../../nbs/attention/11a_keys.ipynb #c034
 def second_look(
     query:Float[Tensor, "b h t d"],
     key:Float[Tensor, "b g t d"],

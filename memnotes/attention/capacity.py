@@ -17,7 +17,7 @@ def binary_update(
     stored:Float[Tensor, "… n d"], # X, of -1 and 1
     degree:float=2, # of F: 2 Hopfield's network, n > 2 a dense memory, math.inf the exponential one
 )->Float[Tensor, "… s d"]: # a bit that both values suit stays
-    "Every bit of σ set to the value of lower energy, all at once (Krotov and Hopfield 2016, Eq. 3; Demircigil et al. 2017)."
+    "Every bit of σ set to the value of lower energy, all at once (Krotov and Hopfield 2016; Demircigil et al. 2017)."
     d = stored.shape[-1]
     if stored.dim() < 2 or 0 in stored.shape[-2:]: raise ValueError(f"stored: expected (…, n, d) with n ≥ 1 patterns; got {tuple(stored.shape)}; store at least one")
     if state.shape[-1] != d: raise ValueError(f"state: expected {d} bits, as many as stored; got {state.shape[-1]}")
@@ -34,6 +34,6 @@ def critical_number(
     d:int, # bits
     degree:float=2, # as in `binary_update`
 )->float: # patterns, for large d
-    "Random patterns held without a wrong bit: d^(n-1)/(2 (2n-3)!! ln d) (Krotov and Hopfield 2016, Eq. 8); 2^(d/2) (Demircigil et al. 2017)."
+    "Random patterns held without a wrong bit: d^(n-1)/(2 (2n-3)!! ln d) (Krotov and Hopfield 2016); 2^(d/2) (Demircigil et al. 2017)."
     if d < 2: raise ValueError(f"d: expected at least 2 bits; got {d}")
     return 2**(d/2) if degree == math.inf else d**(degree - 1)/(2*math.prod(range(1, int(2*degree - 2), 2))*math.log(d))

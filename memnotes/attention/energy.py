@@ -42,7 +42,7 @@ def entmax(
     scores:Float[Tensor, "… n"], # -inf where masked
     alpha:float=2., # 1 softmax, 1.5 entmax-1.5, 2 sparsemax
 )->Float[Tensor, "… n"]: # sums to 1; exact zeros if alpha > 1; zeros throughout if nothing is left unmasked
-    "argmax over the simplex of p·scores + H_α(p) (Peters et al. 2019, Eq. 10)."
+    "argmax over the simplex of p·scores + H_α(p) (Peters et al. 2019)."
     if alpha not in (1, 1.5, 2): raise ValueError(f"alpha: expected 1 (softmax), 1.5 (entmax) or 2 (sparsemax); got {alpha}")
     return scores.softmax(-1) if alpha == 1 else _Entmax.apply(scores, alpha)
 
@@ -58,7 +58,7 @@ def energy(
     beta:float|Tensor, # inverse temperature; a tensor broadcasts against (…, s, n)
     alpha:float=1., # see `entmax`
 )->Float[Tensor, "… s"]: # at least 0
-    "E(ξ), with the constants that make it non-negative (Ramsauer et al. 2020, Eq. 2; Santos et al. 2024, Eq. 5 for alpha > 1)."
+    "E(ξ), with the constants that make it non-negative (Ramsauer et al. 2020; Santos et al. 2024 for alpha > 1)."
     _check(state, stored, beta)
     scores, n = beta*(state @ stored.mT), stored.shape[-2]
     if alpha == 1: soft, most = scores.logsumexp(-1, keepdim=True), math.log(n)
@@ -91,7 +91,7 @@ def update(
     alpha:float=1., # see `entmax`
     mask:Bool[Tensor, "… s n"]|None=None, # True where a state may look
 )->Float[Tensor, "… s d"]: # ξ'
-    "ξ' = X softmax(β Xᵀξ), one step down the energy (Ramsauer et al. 2020, Eq. 3)."
+    "ξ' = X softmax(β Xᵀξ), one step down the energy (Ramsauer et al. 2020)."
     _check(state, stored, beta)
     return attend(state, stored, stored, beta, alpha, mask)
 

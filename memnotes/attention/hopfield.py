@@ -24,7 +24,7 @@ _all_ = ["binary_update", "critical_number", "Retrieval", "attend", "energy", "e
 def separation(
     stored:Float[Tensor, "… n d"], # at least two patterns
 )->Float[Tensor, "… n"]: # Δ, negative where another pattern is the better match
-    "Δᵢ = xᵢ·xᵢ - max over j≠i of xᵢ·xⱼ (Ramsauer et al. 2020, Def. 2)."
+    "Δᵢ = xᵢ·xᵢ - max over j≠i of xᵢ·xⱼ (Ramsauer et al. 2020)."
     n = stored.shape[-2]
     if n < 2: raise ValueError(f"stored: expected at least 2 patterns to separate; got {n}")
     products = stored @ stored.mT
@@ -36,7 +36,7 @@ def stored_exactly(
     beta:float, # inverse temperature
     alpha:float=1., # 1: the sufficient condition of Lemma A5; above: exact, Δ ≥ m/β
 )->Bool[Tensor, "… n"]: # per pattern
-    "Which patterns meet the condition for being stored (Ramsauer et al. 2020, Lemma A5; Santos et al. 2024, Prop. 3)."
+    "Which patterns meet the condition for being stored (Ramsauer et al. 2020, Lemma A5; Santos et al. 2024)."
     _check(stored, stored, beta)
     if alpha > 1: return separation(stored) >= 1/((alpha - 1)*beta)
     n, radius = stored.shape[-2], stored.square().sum(-1).amax(-1, keepdim=True)
@@ -46,7 +46,7 @@ def metastable_size(
     weights:Float[Tensor, "… n"], # sum to 1
     mass:float=.9, # share of the weight
 )->Int[Tensor, "…"]: # 1 to n
-    "How many of the largest weights it takes to reach `mass` (Ramsauer et al. 2020, Sec. 3)."
+    "How many of the largest weights it takes to reach `mass` (Ramsauer et al. 2020)."
     if not 0 < mass <= 1: raise ValueError(f"mass: expected above 0 and at most 1; got {mass}")
     return ((weights.sort(-1, descending=True).values.cumsum(-1) < mass).sum(-1) + 1).clamp(max=weights.shape[-1])
 

@@ -50,10 +50,9 @@ def _heads(mixer, x, output)->Heads:
 def weights(
     query:Float[Tensor, "b h t d"],
     key:Float[Tensor, "b g t d"],
-    beta:float|None=None, # None: the model's own, 1/√d
 )->Float[Tensor, "b h t t"]: # rows sum to 1
-    "Causal softmax attention, h/g query heads on each key head."
-    scores = (query @ key.repeat_interleave(query.shape[1]//key.shape[1], 1).mT)*(beta or query.shape[-1]**-.5)
+    "Causal softmax attention at 1/√d, h/g query heads on each key head."
+    scores = (query @ key.repeat_interleave(query.shape[1]//key.shape[1], 1).mT)*query.shape[-1]**-.5
     return scores.masked_fill(~causal_mask(query.shape[-2], 0, device=query.device), -math.inf).softmax(-1)
 
 # %% ../../nbs/attention/11a_keys.ipynb #c014

@@ -118,6 +118,8 @@ def test_fixed_points_knows_kept_metastable_and_mean():
     hot, cold = fixed_points(pair, .01), fixed_points(pair, 1.)
     assert hot.mean.all() and not hot.kept.any()
     assert cold.kept[3:].all() and cold.metastable[:3].all() and cold.size.tolist() == [3]*3 + [1]*7
+    longer = fixed_points(torch.stack([pair[0], 2*pair[0]]), 1.)
+    assert longer.kept.tolist() == [False, True] and longer.taken.tolist() == [True, False]
     both = fixed_points(torch.stack([pair, pair]), 1.)
     assert torch.equal(both.kept[0], cold.kept) and torch.equal(both.size[1], cold.size)
     double = fixed_points(torch.cat([pair[2:4], pair[2:3]]), 1.)

@@ -62,9 +62,14 @@ class FixedPoints(NamedTuple):
     n_updates: Int[Tensor, "… n"]
 
     @property
+    def taken(self)->Bool[Tensor, "… n"]:
+        "Not kept: the iteration ends at one other pattern."
+        return ~self.kept & ~self.mean & (self.size == 1)
+
+    @property
     def metastable(self)->Bool[Tensor, "… n"]:
-        "Neither kept nor fallen to the mean."
-        return ~self.kept & ~self.mean
+        "Neither kept, nor taken, nor fallen to the mean: several patterns share the end."
+        return ~self.kept & ~self.mean & (self.size > 1)
 
 # %% ../../nbs/attention/11_hopfield.ipynb #c017
 def fixed_points(
@@ -76,7 +81,7 @@ def fixed_points(
     max_updates:int=100, # at most
     tol:float=1e-4, # as in `retrieve`
 )->FixedPoints:
-    "Which patterns are kept, which fall into a metastable set, which to the mean."
+    "Which patterns are kept, which are taken by another, which fall into a metastable set, which to the mean."
     if stored.shape[-2] < 2: raise ValueError(f"stored: expected at least 2 patterns; got {stored.shape[-2]}")
     _check(stored, stored, beta)
     for state,n_updates in _settle(stored, stored, beta, alpha, max_updates, tol): pass

@@ -52,7 +52,7 @@ def inputs(self:PersistentAttention,
     (b,t,_), query = x.shape, probe
     state = state or self.init_state(b)
     if self.positions == "rope":
-        cos, sin = rope_table(state["position"][:,None] + torch.arange(t, device=x.device), self.d_head, self.rope_base, x.dtype)
+        cos, sin = rope_table(state["position"][:,None] + torch.arange(t, device=x.device), self.d_head, self.rope_base, probe.dtype)
         query, key = rotate(probe, cos, sin), rotate(key, cos, sin)
     if s := state["keys"].shape[2]: key, value = torch.cat([state["keys"], key], 2), torch.cat([state["values"], value], 2)
     plain = s == 0 and (self.window is None or t <= self.window)
@@ -151,4 +151,6 @@ def top_places(
     k:int=20, # places a vector
 )->Int[Tensor, "m k"]: # indices into b·t, strongest first; a row a vector, heads one after another
     "Where each vector takes the largest share of attention."
+    places = weights.shape[0]*weights.shape[2]
+    if not 1 <= k <= places: raise ValueError(f"k: expected 1 to {places}, the number of places; got {k}")
     return weights.permute(1, 3, 0, 2).flatten(2).topk(k, -1).indices.flatten(0, 1)

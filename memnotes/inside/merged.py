@@ -15,6 +15,14 @@ from torch.autograd.function import once_differentiable
 from ..core.sequence import causal_mask
 
 # %% ../../nbs/inside/21a_merged.ipynb #am09
+def _check(query, key, memory_key, memory_value, mask, is_causal):
+    (_,h,t,d), s = query.shape, key.shape[2]
+    if memory_key.dim() != 3 or memory_key.shape[::2] != (h, d): raise ValueError(f"memory_key: expected shape (heads, n, width) = ({h}, n, {d}); got {tuple(memory_key.shape)}")
+    if memory_value.shape != memory_key.shape: raise ValueError(f"memory_value: expected that of memory_key, {tuple(memory_key.shape)}; got {tuple(memory_value.shape)}")
+    if is_causal and (s != t or mask is not None): raise ValueError(f"is_causal: needs as many keys as queries and no mask; got {t} queries, {s} keys; give mask=causal_mask(t, s-t) instead")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (t, s)): raise ValueError(f"mask: expected Booleans of shape ({t}, {s}), True where a key may be seen; got {mask.dtype} of shape {tuple(mask.shape)}")
+
+# %% ../../nbs/inside/21a_merged.ipynb #am10
 def joint_attention(
     query:Float[Tensor, "b h t d"], # as the context's keys expect it (rotated)
     key:Float[Tensor, "b h s d"], # of the context
@@ -26,6 +34,7 @@ def joint_attention(
     is_causal:bool=False, # position t sees context up to t; needs s = t
 )->Float[Tensor, "b h t d"]: # outputs of the heads
     "One softmax over context and vectors, by concatenation; differentiable any number of times, O(t (s+n)) memory."
+    _check(query, key, memory_key, memory_value, mask, is_causal)
     (b,_,t,d), n = query.shape, memory_key.shape[1]
     if is_causal: mask = causal_mask(t, 0, device=query.device)
     every = lambda m: m.to(query.dtype).expand(b, -1, -1, -1)
@@ -33,7 +42,7 @@ def joint_attention(
     seen = None if mask is None else F.pad(mask, (0, n), value=True)
     return F.scaled_dot_product_attention(torch.cat([query, probe], -1), keys, torch.cat([value, every(memory_value)], 2), seen, scale=d**-.5)
 
-# %% ../../nbs/inside/21a_merged.ipynb #am11
+# %% ../../nbs/inside/21a_merged.ipynb #am12
 aten = torch.ops.aten
 
 def flashes(
@@ -60,7 +69,7 @@ def flash_backward(grad, query, key, value, y, lse, mask=None, is_causal=False)-
     bias = None if mask is None else query.new_zeros(mask.shape).masked_fill_(~mask, -math.inf)
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, query, key, value, y, lse, 0., is_causal, attn_mask=bias)
 
-# %% ../../nbs/inside/21a_merged.ipynb #am12
+# %% ../../nbs/inside/21a_merged.ipynb #am13
 def _fold(x): return x.transpose(0, 1).flatten(1, 2)[None] # the batch as one long row: (b,h,t,…) to (1,h,bt,…)
 
 class _Merged(torch.autograd.Function):
@@ -85,7 +94,7 @@ class _Merged(torch.autograd.Function):
         p, k, v = flash_backward(*map(_fold, (grad, probe)), memory_key[None], memory_value[None], *map(_fold, (y, lse)))
         return *context, ctx.unfold(p), k[0], v[0], None, None
 
-# %% ../../nbs/inside/21a_merged.ipynb #am13
+# %% ../../nbs/inside/21a_merged.ipynb #am14
 def persistent_attention(
     query:Float[Tensor, "b h t d"], # as the context's keys expect it (rotated)
     key:Float[Tensor, "b h s d"], # of the context
@@ -97,6 +106,7 @@ def persistent_attention(
     is_causal:bool=False, # position t sees context up to t; needs s = t
 )->Float[Tensor, "b h t d"]: # outputs of the heads
     "`joint_attention` in O(t + s + n) memory, once differentiable, where `flashes(query)` and, on a GPU, no mask is given; by concatenation elsewhere."
+    _check(query, key, memory_key, memory_value, mask, is_causal)
     fused = flashes(query) and not (query.is_cuda and mask is not None)
     dense = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, probe, memory_key.to(query.dtype), memory_value.to(query.dtype)))
     return (_Merged.apply if fused else joint_attention)(*dense, mask, is_causal)

@@ -56,7 +56,8 @@ def inputs(self:PersistentAttention,
         query, key = rotate(probe, cos, sin), rotate(key, cos, sin)
     if s := state["keys"].shape[2]: key, value = torch.cat([state["keys"], key], 2), torch.cat([state["values"], value], 2)
     plain = s == 0 and (self.window is None or t <= self.window)
-    found = Inputs(query, key, value, probe, *self.memory(), None if plain else causal_mask(t, s, self.window, x.device), plain)
+    (memory_key, memory_value), mask = self.memory(), None if plain else causal_mask(t, s, self.window, x.device)
+    found = Inputs(query, key, value, probe, memory_key, memory_value, mask, plain)
     if self.window is not None and s+t >= self.window: # a copy, so that the rest is freed
         key, value = (c[:,:,s+t-self.window+1:].clone() for c in (key, value))
     return found, dict(keys=key, values=value, position=state["position"]+t)

@@ -7,6 +7,7 @@ __all__ = ['aten', 'joint_attention', 'flashes', 'flash', 'flash_backward', 'per
 
 # %% ../../nbs/inside/21a_merged.ipynb #am04
 import math
+from typing import Callable
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -108,5 +109,6 @@ def persistent_attention(
     "`joint_attention` in O(t + s + n) memory, once differentiable, where `flashes(query)` and, on a GPU, no mask is given; by concatenation elsewhere."
     _check(query, key, memory_key, memory_value, mask, is_causal)
     fused = flashes(query) and not (query.is_cuda and mask is not None)
+    compute:Callable = _Merged.apply if fused else joint_attention
     dense = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, probe, memory_key.to(query.dtype), memory_value.to(query.dtype)))
-    return (_Merged.apply if fused else joint_attention)(*dense, mask, is_causal)
+    return compute(*dense, mask, is_causal)

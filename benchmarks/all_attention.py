@@ -1,6 +1,6 @@
 """Persistent vectors against the MLP they replace: seconds and peak memory of a block, forward + backward.
 
-Run with `python benchmarks/all_attention.py`. Every round times all ways once, in turn, in one process; medians of 7 rounds, 2 threads.
+Run with `python benchmarks/all_attention.py`. Every round times all ways once, in turn, in one process; medians of 5 rounds, 2 threads.
 x-transformers (`attn_num_mem_kv`, an optional peer) is recorded as "not measured" where it is not installed."""
 import os, platform, statistics, sys, time
 from pathlib import Path
@@ -13,7 +13,7 @@ from memnotes.core.sequence import Attention, Block, MLP
 from memnotes.inside import merged
 from memnotes.inside.all_attention import AllAttentionBlock, PersistentAttention, joint_attention
 
-B, T, D, H, THREADS, ROUNDS = 2, 1024, 512, 8, 2, 7
+B, T, D, H, THREADS, ROUNDS = 2, 1024, 512, 8, 2, 5
 
 
 class Concatenated(PersistentAttention):

@@ -93,7 +93,7 @@ def main():
                 row |= dict(seconds=round(statistics.median(took[way]), 4), ratio=round(statistics.median(ratios), 3), low=round(ratios[1], 3), high=round(ratios[-2], 3), peak_mib=round(peak(blocks[way])))
             rows.append(row)
             print(f"N = {n:4d}  {way:43s}", f"{row['seconds']:.3f} s  {row['ratio']:.2f} of the FFN block [{row['low']:.2f}, {row['high']:.2f}]  {row['peak_mib']} MiB" if way in blocks else row["note"], flush=True)
-    pd.DataFrame(rows).to_csv(Path(__file__).with_suffix(".csv"), index=False)
+        pd.DataFrame(rows).to_csv(Path(__file__).with_suffix(".csv"), index=False)
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -6,11 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-<<<<<<< HEAD
 from memnotes.attention.convolution import CausalRelativeAttention
-=======
 from memnotes.attention.hopfield import CausalHopfield
->>>>>>> hopfield
 from memnotes.core.cells import CELLS, GRU, LSTM, RNN, MinGRU, Recurrent
 from memnotes.core.sequence import (Attention, Block, MLP, SequenceModel, SwiGLU, Transformer,
                                     detach, generate, is_store, leaves, nbytes, select)
@@ -34,20 +31,14 @@ MIXERS = { # name -> mixer of width D
     "lstm-chrono": lambda: LSTM(D, chrono=50),
     "mingru-tanh": lambda: MinGRU(D, candidate="tanh", chrono=50),
     "mingru-stretched": lambda: MinGRU(D, stretch=1e-3),
-<<<<<<< HEAD
-<<<<<<< HEAD
     "relative": lambda: CausalRelativeAttention(D, 3),
     "relative-prefix": lambda: CausalRelativeAttention(D, 2, prefix=3, bias=False),
-=======
     "hopfield": lambda: CausalHopfield(D, 2),
     "hopfield-three-updates": lambda: CausalHopfield(D, 2, beta=[.5, 2.], n_updates=3),
     "hopfield-sparse-connected": lambda: CausalHopfield(D, 2, d_head=6, alpha=2., n_updates=2, connected=True),
->>>>>>> hopfield
-=======
     "persistent": lambda: PersistentAttention(D, 2, 5),
     "persistent-none": lambda: PersistentAttention(D, 4, 3, positions="none", reparametrised=False),
     "persistent-window-3": lambda: PersistentAttention(D, 2, 5, window=3),
->>>>>>> allattn
 }
 MODELS = { # name -> model over VOCAB tokens
     "transformer": lambda: Transformer(VOCAB, D, 2, 2),

@@ -10,7 +10,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from memnotes.core.sequence import Attention, Block, MLP
-from memnotes.inside import merged
 from memnotes.inside.all_attention import AllAttentionBlock, PersistentAttention, joint_attention
 
 B, T, D, H, THREADS, ROUNDS = 2, 1024, 512, 8, 2, 5

@@ -32,7 +32,8 @@ export: $(STAMP)
 fetch: $(STAMP) ## fetch and verify the sources
 	@$(BIN)/memnotes fetch
 
-figures: export fetch ## run the chapters that are missing or changed; regenerate figures/, the ledger and README.md
+figures: export $(STAMP) ## run the chapters that are missing or changed; regenerate figures/, the ledger and README.md
+	@$(BIN)/memnotes fetch --all || { echo "an optional source is missing: figures that can use it are drawn without it, and say so"; $(BIN)/memnotes fetch; }
 	@$(BIN)/memnotes run $(CHAPTERS) --profile $(PROFILE) --jobs $(JOBS)
 	@$(BIN)/memnotes ledger --write
 	@$(BIN)/memnotes readme

@@ -6,9 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from memnotes.attention.convolution import CausalRelativeAttention
+from memnotes.attention.hopfield import CausalHopfield
 from memnotes.core.cells import CELLS, GRU, LSTM, RNN, MinGRU, Recurrent
 from memnotes.core.sequence import (Attention, Block, MLP, SequenceModel, SwiGLU, Transformer,
                                     detach, generate, is_store, leaves, nbytes, select)
+from memnotes.inside.all_attention import AllAttention, PersistentAttention
 
 D, VOCAB, T = 8, 11, 12
 LONG = os.environ.get("LONG") == "1"
@@ -28,6 +31,14 @@ MIXERS = { # name -> mixer of width D
     "lstm-chrono": lambda: LSTM(D, chrono=50),
     "mingru-tanh": lambda: MinGRU(D, candidate="tanh", chrono=50),
     "mingru-stretched": lambda: MinGRU(D, stretch=1e-3),
+    "relative": lambda: CausalRelativeAttention(D, 3),
+    "relative-prefix": lambda: CausalRelativeAttention(D, 2, prefix=3, bias=False),
+    "hopfield": lambda: CausalHopfield(D, 2),
+    "hopfield-three-updates": lambda: CausalHopfield(D, 2, beta=[.5, 2.], n_updates=3),
+    "hopfield-sparse-connected": lambda: CausalHopfield(D, 2, d_head=6, alpha=2., n_updates=2, connected=True),
+    "persistent": lambda: PersistentAttention(D, 2, 5),
+    "persistent-none": lambda: PersistentAttention(D, 4, 3, positions="none", reparametrised=False),
+    "persistent-window-3": lambda: PersistentAttention(D, 2, 5, window=3),
 }
 MODELS = { # name -> model over VOCAB tokens
     "transformer": lambda: Transformer(VOCAB, D, 2, 2),
@@ -37,6 +48,8 @@ MODELS = { # name -> model over VOCAB tokens
     "windowed": lambda: Transformer(VOCAB, D, 3, 2, window=3, qk_norm=True),
     "windowed-learned": lambda: Transformer(VOCAB, D, 2, 2, positions="learned", max_len=20, window=2),
     "mixed": lambda: SequenceModel(VOCAB, D, [Block(LSTM(D), MLP(D)), Block(Attention(D, 2, window=4), SwiGLU(D), "rms", dropout=.2)]),
+    "all-attention": lambda: AllAttention(VOCAB, D, 2, 2, 6),
+    "all-attention-mlp": lambda: AllAttention(VOCAB, D, 2, 2, 6, d_ff=10),
     **{f"recurrent-{name}": (lambda name=name: Recurrent(name, VOCAB, D, n_layers=2, d_hidden=6, channel="mlp", dropout=.1)) for name in CELLS},
 }
 every_mixer = pytest.mark.parametrize("name", MIXERS)

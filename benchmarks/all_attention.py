@@ -2,13 +2,14 @@
 
 Run with `python benchmarks/all_attention.py`. Every round times all ways once, in turn, in one process; medians of 5 rounds, 2 threads.
 x-transformers (`attn_num_mem_kv`, an optional peer) is recorded as "not measured" where it is not installed."""
-import os, platform, statistics, sys, time
+import statistics, sys, time
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench import machine
 from memnotes.core.sequence import Attention, Block, MLP
 from memnotes.inside.all_attention import AllAttentionBlock, PersistentAttention, joint_attention
 
@@ -65,11 +66,6 @@ def peak(block):
     for event in p.profiler.kineto_results.events():
         if event.name() == "[memory]": live += event.nbytes(); most = max(most, live)
     return most/2**20
-
-
-def machine():
-    model = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.processor()) if os.path.exists("/proc/cpuinfo") else platform.processor()
-    return f"{model}, {os.cpu_count()} cores, torch {torch.__version__}, {THREADS} threads"
 
 
 def main():

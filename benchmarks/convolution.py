@@ -3,7 +3,6 @@
     python benchmarks/convolution.py          # writes benchmarks/convolution.csv
 """
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -15,6 +14,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from bench import machine
 from memnotes.attention.convolution import RelativeAttention2d, conv_as_attention
 
 THREADS, REPEATS = 2, 5
@@ -77,12 +77,6 @@ def peak(name, channels):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step(module, x)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)/1024
-
-
-def machine():
-    info = Path("/proc/cpuinfo")
-    model = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), platform.processor()) if info.exists() else platform.processor()
-    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def main():

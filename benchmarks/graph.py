@@ -5,7 +5,6 @@ TransformerConv is timed whole, its three linear maps included; ours is timed wi
 """
 import argparse
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -14,14 +13,10 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from bench import machine
 from memnotes.attention.graph import band_graph, causal_graph, complete_graph, edge_attention, edges_to_mask, random_graph
 
 H, D = 8, 64 # heads, width of each
-
-
-def machine(threads):
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
-    return f"{cpu}, {os.cpu_count()} cores, torch {torch.__version__}, {threads} threads"
 
 
 def seconds(run):
@@ -79,7 +74,7 @@ def main():
     parser.add_argument("--width", type=int, default=0, help="of a head, against TransformerConv; 0: 8 and 64")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    g, where, path = torch.Generator().manual_seed(0), machine(args.threads), Path(__file__).with_suffix(".csv")
+    g, where, path = torch.Generator().manual_seed(0), machine(), Path(__file__).with_suffix(".csv")
     def add(graph, n, edges, peer, passed, numbers):
         "Write the row at once, in place of an older one: the last comparisons take minutes."
         row = dict(graph=graph, n=n, edges=edges.shape[1], peer=peer, passed=passed, **numbers, repetitions=args.repetitions, machine=where, load=f"{os.getloadavg()[0]:.0f}")

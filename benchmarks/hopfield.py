@@ -3,12 +3,13 @@
 Ours and the peers alternate in one process; medians of the repetitions. Asked: one update ≤ 1.15 × bare SDPA, four updates ≤ 4.5 × one.
 Run: python benchmarks/hopfield.py [repetitions]; writes benchmarks/hopfield.csv.
 """
-import csv, platform, resource, statistics, sys, time
+import csv, resource, statistics, sys, time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from bench import machine
 from memnotes.attention.hopfield import Hopfield
 
 LENGTH, N_HEADS, D_HEAD, THREADS = 1024, 8, 64, 2
@@ -33,12 +34,6 @@ def clock(f, x):
     start = time.perf_counter()
     f(x)
     return 1e3*(time.perf_counter() - start)
-
-
-def machine():
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor() or "unknown CPU")
-    return f"{cpu}, {sum(line.startswith('processor') for line in lines)} cores, torch {torch.__version__}, {THREADS} threads"
 
 
 @torch.no_grad()

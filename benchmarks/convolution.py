@@ -3,18 +3,15 @@
     python benchmarks/convolution.py          # writes benchmarks/convolution.csv
 """
 import json
-import resource
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import nn
 
-from bench import machine
+from bench import alternately, machine, peak_mib
 from memnotes.attention.convolution import RelativeAttention2d, conv_as_attention
 
 THREADS, REPEATS = 2, 5
@@ -62,21 +59,13 @@ def seconds(channels):
     first = {name: step(m, x) for name,m in modules.items()}
     apart = {name: ((y - first["nn.Conv2d"]).abs().max()/first["nn.Conv2d"].abs().max()).item() for name,y in first.items()}
     assert max(apart.values()) < .02, apart
-    took = {name: [] for name in modules}
-    for _ in range(REPEATS):
-        for name,m in modules.items():
-            start = time.perf_counter()
-            step(m, x)
-            took[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name,t in took.items()}
+    return alternately({name: lambda m=m: step(m, x) for name,m in modules.items()}, REPEATS, warm=0)
 
 
 def peak(name, channels):
-    "Growth of this process's resident memory over one step, MB: called in a process of its own."
+    "Peak memory of one step above what was there before it, MiB: called in a process of its own."
     module, x = arms(channels)[name], torch.randn(BATCH, channels, IMAGE, IMAGE)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step(module, x)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)/1024
+    return peak_mib(lambda: step(module, x))
 
 
 def main():
@@ -87,7 +76,7 @@ def main():
         took = seconds(channels)
         for name,s in took.items():
             mb = json.loads(subprocess.run([sys.executable, __file__, name, str(channels)], capture_output=True, text=True, check=True).stdout)
-            rows.append(dict(what=name, image=IMAGE, batch=BATCH, heads=9, channels=channels, seconds=round(s, 4), times_ours=round(s/took["rows x columns (ours)"], 2), peak_mb=round(mb), error=""))
+            rows.append(dict(what=name, image=IMAGE, batch=BATCH, heads=9, channels=channels, seconds=round(s, 4), times_ours=round(s/took["rows x columns (ours)"], 2), peak_mib=round(mb), error=""))
     rows.append(dict(what="attention-cnn (Cordonnier et al. 2020)", image=IMAGE, batch=BATCH, heads=9, error="not measured: in no package index"))
     table = pd.DataFrame(rows).assign(machine=machine())
     table.to_csv(Path(__file__).with_suffix(".csv"), index=False, lineterminator="\n")

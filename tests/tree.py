@@ -1,5 +1,5 @@
 "A repository in miniature, with the real package and Snakefile, for tests that kill, break and edit."
-import json, os, shutil, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import nbformat, psutil
@@ -63,7 +63,8 @@ claims:
     def start(self, *args, **how):
         env = {k: v for k, v in os.environ.items() if not k.startswith("MEMNOTES_")}
         env |= dict(MEMNOTES_ROOT=str(self.root), PYTHONPATH=str(self.root), OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1", COLUMNS="200")
-        return subprocess.Popen([sys.executable, "-m", "memnotes.lab.run", *args], cwd=self.root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **how)
+        return subprocess.Popen([sys.executable, "-m", "memnotes.lab.run", *args], cwd=self.root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **how) # a shell's background job would inherit it ignored
 
     def memnotes(self, *args, timeout=240):
         "Run to the end: (exit code, what it said)."

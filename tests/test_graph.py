@@ -58,14 +58,22 @@ def test_equals_sdpa_under_the_mask(name, n):
     close(message_passing(q, k, v, e), sdpa(q, k, v, e))
 
 
+def groups(e, size, t, s):
+    "What `edge_attention` gathers: each target's own sources, or those of BLOCK targets."
+    if size == 1: return E._neighbourhoods(*e, t)
+    union, edge = torch.unique(e[1]//size*s + e[0], return_inverse=True)
+    return E._blocks(union, edge, e[1], t, s, torch.zeros(1, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("size", [1, 4, 64])
 @every_graph
 def test_every_block_size_is_the_same_function(name, size, monkeypatch):
     monkeypatch.setattr(E, "CACHE", 2000) # several pieces
+    monkeypatch.setattr(E, "BLOCK", size)
     q, k, v = qkv(3, 67, 8)
     e = torch.cat([GRAPHS[name](67), STAR[:,:67]], 1)
     e = e[:,(e[1] < 20) | (e[1] > 29)] # some hear nothing
-    close(E._gather_attend(q, k, v, *e, size, None), message_passing(q, k, v, e))
+    close(E._gather_attend(q, k, v, groups(e, size, 67, 67), size, None), message_passing(q, k, v, e))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -153,7 +161,7 @@ def test_a_hub_does_not_make_the_others_pay():
     "Padded targets hold at most twice as many sources as there are."
     n = 4096
     e = torch.cat([torch.stack([torch.arange(n), torch.zeros(n, dtype=torch.long)]), band_graph(n, 2)], 1)
-    held = sum(sources.numel() for _,sources,_ in E._blocks(*e, 1, n, n, torch.zeros(1)))
+    held = sum(sources.numel() for _,sources,_ in E._neighbourhoods(*e, n))
     assert held <= 2*e.shape[1]
 
 

@@ -96,7 +96,7 @@ def message_passing(
     return message.new_zeros(*query.shape[:-1], value.shape[-1]).index_add(-2, target, message)
 
 # %% ../../nbs/attention/10a_edges.ipynb #da62be7b
-BLOCK, FETCH, CACHE = 64, 32, 2**20 # targets of a block; scores computed in the time of fetching one key and value; numbers gathered at a time
+BLOCK, FETCH, CACHE = 64, 16, 2**20 # targets of a block; scores computed in the time of fetching one key and value; numbers gathered at a time
 
 def _mask(place:Tensor, shape:tuple, like:Tensor)->Tensor:
     "Where to look: Boolean, or the logarithm of how often, where an edge comes twice."
@@ -116,38 +116,49 @@ def _attend(query, key, value, mask, scale):
     return y.masked_fill(alone, 0) if alone.any() else y
 
 # %% ../../nbs/attention/10a_edges.ipynb #2f937800
-def _blocks(source:Tensor, target:Tensor, size:int, t:int, s:int, like:Tensor)->Iterator[tuple[Tensor, Tensor, Tensor]]:
-    "Blocks of `size` targets, classed by how many sources they share: their numbers, sources (blocks, u) and mask (blocks, size, u)."
-    block = target//size
-    union, edge = torch.unique(block*s + source, return_inverse=True)
-    at = union//s
-    count = torch.bincount(at, minlength=-(-t//size))
-    slot = torch.arange(len(union), device=at.device) - (count.cumsum(0) - count)[at]
+def _lists(item:Tensor, owner:Tensor, n:int)->Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    "Items listed by owner (ascending), owners classed by how many they have: the owners, items (owners, u), and of every item whether it is here and its place."
+    count = torch.bincount(owner, minlength=n)
+    slot = torch.arange(len(owner), device=owner.device) - (count.cumsum(0) - count)[owner]
     kind = count.clamp(min=1).double().log2().ceil()
     for k in kind.unique():
         rows = (kind == k).nonzero()[:,0]
         u = max(1, int(count[rows].max()))
-        row = torch.zeros_like(count).index_copy_(0, rows, torch.arange(len(rows), device=at.device))
-        mine, here = kind[at] == k, kind[block] == k
-        sources = torch.zeros(len(rows), u, dtype=torch.long, device=at.device)
-        sources[row[at[mine]], slot[mine]] = union[mine] % s
-        place = (row[block]*size + target % size)*u + slot[edge]
-        yield rows, sources, _mask(place[here], (len(rows), size, u), like)
+        row = torch.zeros_like(count).index_copy_(0, rows, torch.arange(len(rows), device=owner.device))
+        mine = (kind == k)[owner] if len(rows) < n else torch.ones_like(owner, dtype=torch.bool)
+        place = row[owner]*u + slot
+        items = item.new_zeros(len(rows)*u).index_copy_(0, place[mine], item[mine])
+        yield rows, items.view(-1, u), mine, place
+
+def _neighbourhoods(source:Tensor, target:Tensor, t:int)->Iterator[tuple[Tensor, Tensor, Tensor]]:
+    "Every target with its own sources: targets, sources (targets, u) and mask (targets, 1, u)."
+    if (target[1:] < target[:-1]).any(): target, order = target.sort(stable=True); source = source[order]
+    for rows,sources,mine,place in _lists(source, target, t):
+        mask = torch.zeros(sources.numel(), dtype=torch.bool, device=target.device).index_fill_(0, place[mine], True)
+        yield rows, sources, mask.view(len(rows), 1, -1)
 
 # %% ../../nbs/attention/10a_edges.ipynb #c47cc4e8
-def _gather_attend(query, key, value, source, target, size, scale):
-    "Attention of blocks of `size` targets to the union of their sources, a cacheful at a time; all of shape (heads, nodes, width)."
-    (h, t, d), s = query.shape, key.shape[1]
-    query = F.pad(query, (0, 0, 0, -t % size)).unflatten(1, (-1, size))
+def _blocks(union:Tensor, edge:Tensor, target:Tensor, t:int, s:int, like:Tensor)->Iterator[tuple[Tensor, Tensor, Tensor]]:
+    "BLOCK targets with the union of their sources (block*s + source; each edge's entry in it): blocks, sources (blocks, u) and mask (blocks, BLOCK, u)."
+    for rows,sources,mine,place in _lists(union % s, union//s, -(-t//BLOCK)):
+        u, here = sources.shape[1], mine[edge]
+        spot = place[edge]//u*BLOCK*u + target % BLOCK*u + place[edge] % u
+        yield rows, sources, _mask(spot[here], (len(rows), BLOCK, u), like)
+
+def _gather_attend(query, key, value, groups, size, scale):
+    "Attention of groups of `size` targets to the sources they share, a cacheful at a time; all of shape (heads, nodes, width)."
+    h, t, d = query.shape
+    query = F.pad(query, (0, 0, 0, -t % size)).unflatten(1, (-1, size)).transpose(0, 1)
+    key, value = (x.transpose(0, 1).flatten(1) for x in (key, value)) # all heads of a node lie together
     done, out = [], []
-    for rows,sources,mask in _blocks(source, target, size, t, s, query):
-        few = max(1, CACHE//(h*sources.shape[1]*d))
+    for rows,sources,mask in groups:
+        few = max(1, CACHE//(sources.shape[1]*key.shape[1]))
         for r,c,m in zip(rows.split(few), sources.split(few), mask.split(few)):
-            k, v = (x.index_select(1, c.flatten()).unflatten(1, c.shape) for x in (key, value))
-            out.append(_attend(query.index_select(1, r), k, v, m[None], scale))
+            k, v = (x.index_select(0, c.flatten()).view(*c.shape, h, -1).transpose(1, 2) for x in (key, value))
+            out.append(_attend(query.index_select(0, r), k, v, m[:,None], scale))
         done.append(rows)
-    y = torch.cat(out, 1).index_select(1, torch.cat(done).argsort())
-    return y.flatten(1, 2)[:,:t]
+    y = torch.cat(out).index_select(0, torch.cat(done).argsort())
+    return y.transpose(0, 1).flatten(1, 2)[:,:t]
 
 # %% ../../nbs/attention/10a_edges.ipynb #f9e9b54f
 def edge_attention(
@@ -168,10 +179,13 @@ def edge_attention(
     source, target = edge_index.long()
     e, pairs = len(source), t*s
     q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (query, key, value))
-    costs = {0: pairs} if 4*e >= pairs else {0: pairs, 1: e*(1+FETCH), BLOCK: len(torch.unique(target//BLOCK*s + source))*(BLOCK+FETCH)}
+    costs = {0: pairs}
+    if 4*e < pairs:
+        union, edge = torch.unique(target//BLOCK*s + source, return_inverse=True)
+        costs |= {1: e*(1+FETCH), BLOCK: len(union)*(BLOCK+FETCH)}
     size = min(costs, key=costs.__getitem__)
-    if size: y = _gather_attend(q, k, v, source, target, size, scale)
-    else: y = _attend(q[None], k[None], v[None], _mask(target*s + source, (t, s), q), scale)[0]
+    if size == 0: y = _attend(q[None], k[None], v[None], _mask(target*s + source, (t, s), q), scale)[0]
+    else: y = _gather_attend(q, k, v, _blocks(union, edge, target, t, s, q) if size == BLOCK else _neighbourhoods(source, target, t), size, scale)
     return y.reshape(*shapes[0][:-1], shapes[2][-1])
 
 # %% ../../nbs/attention/10a_edges.ipynb #730bf387

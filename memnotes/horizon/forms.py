@@ -69,13 +69,14 @@ def recurrent(q, k, v, S, g=None): # shapes as in `parallel`
         y.append((q[...,i,None,:] @ S).squeeze(-2))
     return torch.stack(y, -2), S
 
-# %% ../../nbs/horizon/42a_forms.ipynb #3a0fa29b
+# %% ../../nbs/horizon/42a_forms.ipynb #f68df47d
 def in_chunks(
     x:Float[Tensor, "*b t f"], # a sequence
     size:int, # positions a chunk
 )->Float[Tensor, "*b n size f"]: # the same, zeros after its end
     "The sequence cut into chunks of equal length; a zero key writes nothing, a zero log decay forgets nothing."
-    return F.pad(x, (0, 0, 0, -x.shape[-2] % size)).unflatten(-2, (-1, size))
+    if rest := -x.shape[-2] % size: x = F.pad(x, (0, 0, 0, rest))
+    return x.unflatten(-2, (-1, size))
 
 def entering(
     U:Float[Tensor, "*b n f e"], # what each chunk adds to the state
@@ -104,7 +105,7 @@ def chunked(q, k, v, S, g=None, size:int=64): # shapes as in `parallel`; positio
     before, S = entering(k.mT @ v, S, end)
     return (A.tril() @ v + q @ before).flatten(-3, -2)[...,:t,:], S
 
-# %% ../../nbs/horizon/42a_forms.ipynb #b030d4fa
+# %% ../../nbs/horizon/42a_forms.ipynb #976035eb
 def delta_recurrent(q, k, v, S, beta): # beta (*b t 1): how far each value is moved
     "S_t = S_{t-1} + k_t [β_t (v_t - S_{t-1}ᵀk_t)]ᵀ, y_t = S_tᵀ q_t (Schlag et al. 2021, Eq. 25): what k recalled is replaced, not added to."
     y = []
@@ -114,6 +115,7 @@ def delta_recurrent(q, k, v, S, beta): # beta (*b t 1): how far each value is mo
         y.append((q[...,i,None,:] @ S).squeeze(-2))
     return torch.stack(y, -2), S
 
+# %% ../../nbs/horizon/42a_forms.ipynb #cb1c808f
 def corrections(k, v, beta): # (*b t f), (*b t e), (*b t 1)
     "W, U of the written values u = U - W S: one triangular system for all positions (Yang et al. 2024, Eq. 10–11)."
     L = (beta*(k @ k.mT)).tril(-1)
@@ -131,15 +133,16 @@ def delta_chunked(q, k, v, S, beta, size:int=64):
     t, size = v.shape[-2], min(size, v.shape[-2])
     q, k, v, beta = (in_chunks(x, size) for x in (q, k, v, beta))
     W, U = corrections(k, v, beta)
-    before, written, kT = [], [], k.mT
-    for kT_n,W_n,U_n in zip(kT.unbind(-3), W.unbind(-3), U.unbind(-3)):
-        before.append(S), written.append(u := U_n - W_n @ S)
-        S = S + kT_n @ u
+    before, written = [], []
+    for k_n,W_n,U_n in zip(k.unbind(-3), W.unbind(-3), U.unbind(-3)):
+        before.append(S)
+        written.append(U_n - W_n @ S)
+        S = S + k_n.mT @ written[-1]
     y = (q @ k.mT).tril() @ torch.stack(written, -3) + q @ torch.stack(before, -3)
     return y.flatten(-3, -2)[...,:t,:], S
 
-# %% ../../nbs/horizon/42a_forms.ipynb #8e5b6ef7
-FORMS = dict(parallel=(parallel, delta_parallel), recurrent=(recurrent, delta_recurrent), chunked=(chunked, delta_chunked))
+# %% ../../nbs/horizon/42a_forms.ipynb #f814cef0
+FORMS:dict[str, tuple[Callable, Callable]] = dict(parallel=(parallel, delta_parallel), recurrent=(recurrent, delta_recurrent), chunked=(chunked, delta_chunked))
 
 class LinearAttention(nn.Module):
     "Causal linear attention as a mixer: `y, S = mixer(x, S)`, the state one matrix a head, of fixed size (Katharopoulos et al. 2020)."
@@ -169,7 +172,7 @@ class LinearAttention(nn.Module):
         self.query, self.key = (nn.Linear(d_model, n_heads*self.d_key, bias=False) for _ in range(2))
         self.value, self.output = (nn.Linear(d_model, d_model, bias=False) for _ in range(2))
 
-# %% ../../nbs/horizon/42a_forms.ipynb #85b46700
+# %% ../../nbs/horizon/42a_forms.ipynb #86cae0aa
 @patch
 def heads(self:LinearAttention, x): return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
@@ -197,7 +200,7 @@ def forward(self:LinearAttention, x:Float[Tensor, "b t d"], state:State=None)->t
     y, state = FORMS[self.form][self.kind](*qkv, self.init_state(len(x)) if state is None else state, rest, **size)
     return self.output(self.shown(y).to(x.dtype).transpose(1, 2).flatten(2)), state
 
-# %% ../../nbs/horizon/42a_forms.ipynb #48091bc9
+# %% ../../nbs/horizon/42a_forms.ipynb #b4506fdd
 class GatedLinearAttention(LinearAttention):
     "Linear attention that forgets: `decay=\"retnet\"` by 1 - 2^{-5-h} a step in head h (Sun et al. 2023), \"gla\" by a learned gate on each key channel (Yang et al. 2023)."
     extra = 0
@@ -216,7 +219,7 @@ class GatedLinearAttention(LinearAttention):
 
     def shown(self, y): return self.norm(y.to(self.norm.weight.dtype))
 
-# %% ../../nbs/horizon/42a_forms.ipynb #3346bff3
+# %% ../../nbs/horizon/42a_forms.ipynb #605e6d85
 class DeltaRule(LinearAttention):
     "Linear attention that corrects: what a key recalls is replaced by the new value, as far as β ∈ (0, 1) says (Schlag et al. 2021; Yang et al. 2024)."
     kind, extra = 1, 0

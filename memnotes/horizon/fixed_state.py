@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# %% ../../nbs/horizon/42b_fixed_state.ipynb #4c23e6ff
+# %% ../../nbs/horizon/42b_fixed_state.ipynb #0b5bf8a6
 def store(
     keys:Float[Tensor, "n d"], # of length one
     values:Float[Tensor, "n e"], # what each is to recall
     rule:str="sum", # "sum", "delta" (each pair once, in order) or "least squares"
 )->Float[Tensor, "d e"]: # S, read by `keys @ S`
-    "The state after n pairs (Schlag et al. 2021, Sec. 2 and 4)."
+    "The state after n pairs (Schlag et al. 2021)."
     if keys.dim() != 2 or len(keys) != len(values): raise ValueError(f"keys, values: expected (n, d) and (n, e); got {tuple(keys.shape)} and {tuple(values.shape)}")
     if rule == "sum": return keys.T @ values
     if rule == "least squares": return torch.linalg.pinv(keys) @ values

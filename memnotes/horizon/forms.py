@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ..core.cells import parallel_scan
 from ..core.sequence import State
 
-# %% ../../nbs/horizon/42a_forms.ipynb #cfdcdb34
+# %% ../../nbs/horizon/42a_forms.ipynb #c7748ee4
 def elu1(x:Float[Tensor, "*b d"])->Float[Tensor, "*b d"]:
-    "elu(x) + 1, positive (Katharopoulos et al. 2020, Eq. 7)."
+    "elu(x) + 1, positive (Katharopoulos et al. 2020)."
     return F.elu(x) + 1
 
 def relu2(x:Float[Tensor, "*b d"])->Float[Tensor, "*b d"]:
@@ -28,7 +28,7 @@ def relu2(x:Float[Tensor, "*b d"])->Float[Tensor, "*b d"]:
     return F.relu(x).square()
 
 def taylor2(x:Float[Tensor, "*b d"])->Float[Tensor, "*b f"]: # f = 1 + d + d(d+1)/2
-    "φ(q)·φ(k) = 1 + s + s²/2 with s = q·k/√d: the exponential to second order (Arora et al. 2024, Sec. 4); each product of two coordinates once."
+    "φ(q)·φ(k) = 1 + s + s²/2 with s = q·k/√d: the exponential to second order (Arora et al. 2024); each product of two coordinates once."
     d = x.shape[-1]
     i, j = torch.triu_indices(d, d, device=x.device)
     x = x/d**.25
@@ -36,7 +36,7 @@ def taylor2(x:Float[Tensor, "*b d"])->Float[Tensor, "*b f"]: # f = 1 + d + d(d+1
     return torch.cat([torch.ones_like(x[...,:1]), x, pairs], -1)
 
 def dpfp(x:Float[Tensor, "*b d"], nu:int=1)->Float[Tensor, "*b f"]: # f = 2 d ν
-    "Products of r = relu([x, -x]) with itself rolled by 1 … ν (Schlag et al. 2021, Eq. 37): sparse, positive, wider."
+    "Products of r = relu([x, -x]) with itself rolled by 1 … ν (Schlag et al. 2021, DPFP): sparse, positive, wider."
     if not 1 <= nu < 2*x.shape[-1]: raise ValueError(f"nu: expected 1 to {2*x.shape[-1]-1}, below twice the width; got {nu}")
     r = F.relu(torch.cat([x, -x], -1))
     return torch.cat([r*r.roll(s, -1) for s in range(1, nu+1)], -1)
@@ -91,9 +91,9 @@ def entering(
         after = torch.cat([S[...,None,:,:], h], -3)
     return after[...,:-1,:,:], after[...,-1,:,:].clone()
 
-# %% ../../nbs/horizon/42a_forms.ipynb #ad2d969b
+# %% ../../nbs/horizon/42a_forms.ipynb #7ef08e9e
 def chunked(q, k, v, S, g=None, size:int=64): # shapes as in `parallel`; positions a chunk
-    "Parallel inside a chunk, recurrent between chunks: O(t), all chunks at once (Yang et al. 2023, Sec. 4)."
+    "Parallel inside a chunk, recurrent between chunks: O(t), all chunks at once (Yang et al. 2023)."
     t, size = v.shape[-2], min(size, v.shape[-2])
     q, k, v = (in_chunks(x, size) for x in (q, k, v))
     if g is None: A, end = q @ k.mT, None
@@ -105,9 +105,9 @@ def chunked(q, k, v, S, g=None, size:int=64): # shapes as in `parallel`; positio
     before, S = entering(k.mT @ v, S, end)
     return (A.tril() @ v + q @ before).flatten(-3, -2)[...,:t,:], S
 
-# %% ../../nbs/horizon/42a_forms.ipynb #976035eb
+# %% ../../nbs/horizon/42a_forms.ipynb #ab3a2057
 def delta_recurrent(q, k, v, S, beta): # beta (*b t 1): how far each value is moved
-    "S_t = S_{t-1} + k_t [β_t (v_t - S_{t-1}ᵀk_t)]ᵀ, y_t = S_tᵀ q_t (Schlag et al. 2021, Eq. 25): what k recalled is replaced, not added to."
+    "S_t = S_{t-1} + k_t [β_t (v_t - S_{t-1}ᵀk_t)]ᵀ, y_t = S_tᵀ q_t (Schlag et al. 2021): what k recalled is replaced, not added to."
     y = []
     for i in range(q.shape[-2]):
         recalled = (k[...,i,None,:] @ S).squeeze(-2)
@@ -115,9 +115,9 @@ def delta_recurrent(q, k, v, S, beta): # beta (*b t 1): how far each value is mo
         y.append((q[...,i,None,:] @ S).squeeze(-2))
     return torch.stack(y, -2), S
 
-# %% ../../nbs/horizon/42a_forms.ipynb #cb1c808f
+# %% ../../nbs/horizon/42a_forms.ipynb #13be21ce
 def corrections(k, v, beta): # (*b t f), (*b t e), (*b t 1)
-    "W, U of the written values u = U - W S: one triangular system for all positions (Yang et al. 2024, Eq. 10–11)."
+    "W, U of the written values u = U - W S: one triangular system for all positions (Yang et al. 2024)."
     L = (beta*(k @ k.mT)).tril(-1)
     W, U = torch.linalg.solve_triangular(L, beta*torch.cat([k, v], -1), upper=False, unitriangular=True).split([k.shape[-1], v.shape[-1]], -1)
     return W, U

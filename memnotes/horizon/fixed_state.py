@@ -33,17 +33,22 @@ def recalled(
     "The word whose code is nearest to what the key recalls."
     return (keys @ S).argmax(-1)
 
-# %% ../../nbs/horizon/42b_fixed_state.ipynb #2c7da25e
+# %% ../../nbs/horizon/42b_fixed_state.ipynb #0ebfbf44
 def sum_recall(
     n:float, # pairs stored, N
     d:int, # width of a key
     V:int, # words
 )->float: # probability that the right word wins
-    "Recall of a sum of outer products with random keys: one signal among V Gaussians, ∫φ(z) Φ(z + 1/σ)^{V-1} dz, σ² = N/(Vd)."
+    "Recall of a sum of outer products with random keys: one signal among V noisy codes, each the noise of a Poisson number of pairs."
     if min(n, d, V-1) < 1: raise ValueError(f"n, d, V: expected at least 1, 1 and 2; got {n}, {d}, {V}")
-    z = torch.linspace(-9, 9, 3601, dtype=torch.float64)
-    wins = torch.special.log_ndtr(z + math.sqrt(V*d/n)).mul(V-1).exp()
-    return torch.trapezoid(wins*(-z**2/2).exp()/math.sqrt(2*math.pi), z).item()
+    mean = n/V
+    m = torch.arange(int(mean + 10*mean**.5 + 12), dtype=torch.float64) if mean < 200 else torch.tensor([mean], dtype=torch.float64) # many: all have the mean
+    p = (m*math.log(mean) - mean - torch.lgamma(m + 1)).exp() if len(m) > 1 else torch.ones(1, dtype=torch.float64)
+    z = torch.linspace(-6, 6, 201, dtype=torch.float64)
+    x = 1 + (m[:,None]/d).sqrt()*z
+    F_ = (p*torch.special.ndtr(x[...,None]*(d/m.clamp(min=1e-9)).sqrt())).sum(-1)
+    phi = (-z**2/2).exp()
+    return (p @ F_**(V-1) @ phi/phi.sum()).item()
 
 def pairs_at(
     recall:float, # wanted, between 1/V and 1

@@ -33,7 +33,7 @@ def recalled(
     "The word whose code is nearest to what the key recalls."
     return (keys @ S).argmax(-1)
 
-# %% ../../nbs/horizon/42b_fixed_state.ipynb #0ebfbf44
+# %% ../../nbs/horizon/42b_fixed_state.ipynb #7f40d5e4
 def sum_recall(
     n:float, # pairs stored, N
     d:int, # width of a key
@@ -42,7 +42,7 @@ def sum_recall(
     "Recall of a sum of outer products with random keys: one signal among V noisy codes, each the noise of a Poisson number of pairs."
     if min(n, d, V-1) < 1: raise ValueError(f"n, d, V: expected at least 1, 1 and 2; got {n}, {d}, {V}")
     mean = n/V
-    m = torch.arange(int(mean + 10*mean**.5 + 12), dtype=torch.float64) if mean < 200 else torch.tensor([mean], dtype=torch.float64) # many: all have the mean
+    m = torch.arange(int(mean + 10*mean**.5 + 12), dtype=torch.float64) if mean < 64 else torch.tensor([mean], dtype=torch.float64) # many: all have the mean
     p = (m*math.log(mean) - mean - torch.lgamma(m + 1)).exp() if len(m) > 1 else torch.ones(1, dtype=torch.float64)
     z = torch.linspace(-6, 6, 201, dtype=torch.float64)
     x = 1 + (m[:,None]/d).sqrt()*z
@@ -58,7 +58,7 @@ def pairs_at(
     "How many pairs a sum holds at a given recall, by bisection of `sum_recall`."
     if not 1/V < recall < 1: raise ValueError(f"recall: expected between chance (1/{V}) and 1; got {recall}")
     low, high = 1., 100.*V*d
-    for _ in range(60):
+    for _ in range(40):
         mid = math.sqrt(low*high)
         low, high = (mid, high) if sum_recall(mid, d, V) > recall else (low, mid)
     return low

@@ -11,6 +11,7 @@ from memnotes.attention.hopfield import CausalHopfield
 from memnotes.core.cells import CELLS, GRU, LSTM, RNN, MinGRU, Recurrent
 from memnotes.core.sequence import (Attention, Block, MLP, SequenceModel, SwiGLU, Transformer,
                                     detach, generate, is_store, leaves, nbytes, select)
+from memnotes.horizon.forms import FEATURE_MAPS, DeltaRule, GatedLinearAttention, LinearAttention
 from memnotes.inside.all_attention import AllAttention, PersistentAttention
 
 D, VOCAB, T = 8, 11, 12
@@ -39,6 +40,12 @@ MIXERS = { # name -> mixer of width D
     "persistent": lambda: PersistentAttention(D, 2, 5),
     "persistent-none": lambda: PersistentAttention(D, 4, 3, positions="none", reparametrised=False),
     "persistent-window-3": lambda: PersistentAttention(D, 2, 5, window=3),
+    **{f"linear-{name}": (lambda name=name: LinearAttention(D, 2, name, chunk=5)) for name in FEATURE_MAPS},
+    "linear-parallel": lambda: LinearAttention(D, 2, d_key=3, form="parallel"),
+    "linear-recurrent": lambda: LinearAttention(D, 2, "taylor2", d_key=2, form="recurrent"),
+    **{decay: (lambda decay=decay: GatedLinearAttention(D, 2, decay, chunk=5)) for decay in ("gla", "retnet")},
+    "delta-rule": lambda: DeltaRule(D, 2, chunk=5),
+    "delta-rule-parallel": lambda: DeltaRule(D, 4, d_key=3, form="parallel"),
 }
 MODELS = { # name -> model over VOCAB tokens
     "transformer": lambda: Transformer(VOCAB, D, 2, 2),
@@ -48,6 +55,7 @@ MODELS = { # name -> model over VOCAB tokens
     "windowed": lambda: Transformer(VOCAB, D, 3, 2, window=3, qk_norm=True),
     "windowed-learned": lambda: Transformer(VOCAB, D, 2, 2, positions="learned", max_len=20, window=2),
     "mixed": lambda: SequenceModel(VOCAB, D, [Block(LSTM(D), MLP(D)), Block(Attention(D, 2, window=4), SwiGLU(D), "rms", dropout=.2)]),
+    "linear": lambda: SequenceModel(VOCAB, D, [Block(LinearAttention(D, 2, "taylor2"), MLP(D)), Block(DeltaRule(D, 2)), Block(GatedLinearAttention(D, 2), SwiGLU(D))]),
     "all-attention": lambda: AllAttention(VOCAB, D, 2, 2, 6),
     "all-attention-mlp": lambda: AllAttention(VOCAB, D, 2, 2, 6, d_ff=10),
     **{f"recurrent-{name}": (lambda name=name: Recurrent(name, VOCAB, D, n_layers=2, d_hidden=6, channel="mlp", dropout=.1)) for name in CELLS},

@@ -8,7 +8,6 @@ __all__ = ['gradient_by_lag', 'log_gradient_by_lag', 'model_gradient_by_lag']
 # %% ../../nbs/horizon/40_bptt.ipynb #b8000004
 from collections.abc import Callable
 import torch
-from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor
 from ..core.sequence import State, detach, leaves, map_state
@@ -79,7 +78,8 @@ def model_gradient_by_lag(
     try:
         with torch.enable_grad():
             for piece in tokens.split(window or t, 1): logits,state = model(piece, detach(state))
+            loss = logits[:,-1].pow(2).sum()/2
     finally: handle.remove()
-    grads = torch.autograd.grad(logits[:,-1].pow(2).sum()/2, seen, allow_unused=True)
+    grads = torch.autograd.grad(loss, seen, allow_unused=True)
     norms = [x.new_zeros(x.shape[:2]) if g is None else g.norm(dim=-1) for x,g in zip(seen, grads)]
     return torch.cat(norms, 1).flip(1)[:,lags.to(tokens.device)]

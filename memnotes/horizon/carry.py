@@ -151,7 +151,8 @@ def window(self:Online,
     if got is not None:
         *parts, c = got.split([self.model.vocab, self.rule.heard, 1], -1)
         pulled = torch.autograd.grad(w, list(self.params.values()), [*parts, c[...,0]], is_grads_batched=got.dim() == 4, allow_unused=True)
-        grads = {k: i if g is None else i + g for (k,i),g in zip(grads.items(), pulled)}
+        draws = got.shape[:got.dim()-3]
+        grads = {k: i.expand(*draws, *i.shape) if g is None else i + g for (k,i),g in zip(grads.items(), pulled)}
     return total.detach(), grads, (after.detach()[:,-1], P)
 
 # %% ../../nbs/horizon/44b_carry.ipynb #3d558c68

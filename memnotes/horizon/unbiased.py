@@ -13,11 +13,11 @@ from torch import Tensor
 from .carry import Rule
 from .units import heard
 
-# %% ../../nbs/horizon/44d_unbiased.ipynb #455cc1d1
-def sign(shape, like:Tensor, generator=None)->Tensor:
-    "Independent ±1."
-    draws = torch.randint(0, 2, shape, generator=generator, device=None if generator is None else generator.device)
-    return (2*draws - 1).to(like)
+# %% ../../nbs/horizon/44d_unbiased.ipynb #21619875
+def sign(k:int, shape:tuple, like:Tensor, generator=None)->Tensor: # k of them
+    "Independent ±1, drawn step by step, so that the same generator gives the same signs however steps are grouped."
+    device = None if generator is None else generator.device
+    return torch.stack([2*torch.randint(0, 2, shape, generator=generator, device=device) - 1 for _ in range(k)]).to(like)
 
 def carried(
     s, # `Steps` of one step
@@ -42,7 +42,7 @@ class UORO(Rule):
         if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1: raise ValueError(f"draws: expected an integer of at least 1; got {draws!r}")
         self.draws = draws
 
-    def noise(self, k, b, like, generator=None): return sign((k, self.draws, b, self.form.parts, self.n), like, generator)
+    def noise(self, k, b, like, generator=None): return sign(k, (self.draws, b, self.form.parts, self.n), like, generator)
     def start(self, b, like): return like.new_zeros(self.draws, b, self.form.parts, self.n), like.new_zeros(self.draws, b, self.form.gates, self.n, self.width)
 
     def step(self, P, s, U, noise):
@@ -63,7 +63,7 @@ class KF(UORO):
         if not form.summed or not (index is None or index.shape[1] == 0): raise ValueError("method: KF-RTRL and OK need all gates of all units to see one "
             "vector [token; h; 1] (RNN, LSTM, dense RateRNN, MinGRU); for this cell take UORO")
 
-    def noise(self, k, b, like, generator=None): return sign((k, self.draws, b, 2), like, generator)
+    def noise(self, k, b, like, generator=None): return sign(k, (self.draws, b, 2), like, generator)
     def start(self, b, like): return like.new_zeros(self.draws, b, self.width), like.new_zeros(self.draws, b, self.form.parts, self.n, self.form.gates, self.n)
 
     def moved(self, s, U, A:Float[Tensor, "d b s n *r"])->Tensor:
@@ -108,7 +108,7 @@ class OK(KF):
             f"rank: expected 1 to {min(self.width, n*form.gates)-1}, less than either side has; got {rank!r}")
         self.rank = rank
 
-    def noise(self, k, b, like, generator=None): return sign((k, self.draws, b, self.rank+1), like, generator)
+    def noise(self, k, b, like, generator=None): return sign(k, (self.draws, b, self.rank+1), like, generator)
     def start(self, b, like):
         return (like.new_zeros(self.draws, b, self.rank, self.width), like.new_zeros(self.draws, b, self.rank, self.form.parts, self.n, self.form.gates, self.n))
 

@@ -66,7 +66,7 @@ class Exact(Rule):
 # %% ../../nbs/horizon/44b_carry.ipynb #c173e20a
 class Online:
     "One-layer recurrent model, a rule, and what is carried from window to window: the state and the influence."
-    states:Callable; steps:Callable; window:Callable # below
+    start:Callable; weights:Callable; logits:Callable; states:Callable; steps:Callable; window:Callable # below
     def __init__(self,
         model:SequenceModel, # embed → one block with a cell → norm → head
         rule:Callable, # makes a `Rule` from (form, index, units, vocab)
@@ -84,25 +84,29 @@ class Online:
             self.feedback = B.to(head.device)*head.detach().std()
         self.params = {k: p for k,p in model.named_parameters() if p.requires_grad}
 
-    def start(self, b:int):
-        "No influence, empty state."
-        like = self.model.head.weight.detach()
-        return like.new_zeros(b, self.form.parts, self.cell.d_hidden), self.rule.start(b, like)
+# %% ../../nbs/horizon/44b_carry.ipynb #c78ce274
+@patch
+def start(self:Online, b:int):
+    "No influence, empty state."
+    like = self.model.head.weight.detach()
+    return like.new_zeros(b, self.form.parts, self.cell.d_hidden), self.rule.start(b, like)
 
-    def weights(self)->Weights:
-        "M, U and c, differentiable in the parameters."
-        W, b, U, c = self.form.weights(self.cell)
-        M, shape = F.linear(self.block.norm1(self.model.embed.weight), W, b).T, (self.form.gates, self.cell.d_hidden)
-        return Weights(M.unflatten(0, shape), U.unflatten(0, shape), c.unflatten(0, shape))
+@patch
+def weights(self:Online)->Weights:
+    "M, U and c, differentiable in the parameters."
+    W, b, U, c = self.form.weights(self.cell)
+    M, shape = F.linear(self.block.norm1(self.model.embed.weight), W, b).T, (self.form.gates, self.cell.d_hidden)
+    return Weights(M.unflatten(0, shape), U.unflatten(0, shape), c.unflatten(0, shape))
 
-    def logits(self, d:Float[Tensor, "b k s n"], tokens):
-        "What the rest of the model makes of the states."
-        x = self.model.embed(tokens)
-        x = x + self.cell.read(d[:,:,0] if d.shape[2] == 1 else d.unbind(2), self.block.norm1(x))
-        if self.block.channel is not None: x = x + self.block.channel(self.block.norm2(x))
-        return self.model.head(self.model.norm(x))
+@patch
+def logits(self:Online, d:Float[Tensor, "b k s n"], tokens):
+    "What the rest of the model makes of the states."
+    x = self.model.embed(tokens)
+    x = x + self.cell.read(d[:,:,0] if d.shape[2] == 1 else d.unbind(2), self.block.norm1(x))
+    if self.block.channel is not None: x = x + self.block.channel(self.block.norm2(x))
+    return self.model.head(self.model.norm(x))
 
-# %% ../../nbs/horizon/44b_carry.ipynb #27f7b1fd
+# %% ../../nbs/horizon/44b_carry.ipynb #c8987c4f
 @patch
 @torch.no_grad()
 def states(self:Online, w:Weights, tokens, d):
@@ -126,7 +130,7 @@ def steps(self:Online, w:Weights, tokens, before, ah)->Steps:
     token = F.one_hot(tokens, self.model.vocab).to(h)
     return Steps(*slopes(self.form.phi, ax, ah, before), token, torch.cat([past, torch.ones_like(h[:,:,:past.shape[2],None])], -1))
 
-# %% ../../nbs/horizon/44b_carry.ipynb #0c17d007
+# %% ../../nbs/horizon/44b_carry.ipynb #5fa9695d
 @patch
 def window(self:Online,
     carry, # of `start`, or of the window before
@@ -155,7 +159,7 @@ def window(self:Online,
         grads = {k: i.expand(*draws, *i.shape) if g is None else i + g for (k,i),g in zip(grads.items(), pulled)}
     return total.detach(), grads, (after.detach()[:,-1], P)
 
-# %% ../../nbs/horizon/44b_carry.ipynb #3d558c68
+# %% ../../nbs/horizon/44b_carry.ipynb #3426efd7
 def forward_gradient(
     model:SequenceModel, # one recurrent layer
     tokens:Int[Tensor, "b t"], # whole sequences

@@ -9,7 +9,7 @@ __all__ = ['METHODS', 'rule_of', 'approximate_gradient', 'carried_numbers', 'Exa
 # %% ../../nbs/horizon/44_rtrl_approximations.ipynb #9d9e1369
 import re
 from functools import partial
-import pandas as pd
+from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -21,8 +21,8 @@ from .units import Form, RateRNN, form_of, jacobian, slopes
 
 _all_ = ["Exact", "Online", "Rule", "forward_gradient", "EProp", "Local", "Reach", "RFLO", "KF", "OK", "UORO", "Form", "RateRNN", "form_of", "jacobian", "slopes"]
 
-# %% ../../nbs/horizon/44_rtrl_approximations.ipynb #1c6f7860
-METHODS = {"RTRL": Exact, "SnAp-1": Local, "e-prop": EProp, "RFLO": RFLO, "UORO": UORO, "KF-RTRL": KF}
+# %% ../../nbs/horizon/44_rtrl_approximations.ipynb #83a036e1
+METHODS:dict[str, Any] = {"RTRL": Exact, "SnAp-1": Local, "e-prop": EProp, "RFLO": RFLO, "UORO": UORO, "KF-RTRL": KF}
 
 def rule_of(
     method:str, # a name in METHODS, "SnAp-n" for any n, or "OK-r" for rank r

@@ -35,6 +35,7 @@ def _balance(a, b): # √(a/b), 1 where both are nothing
     tiny = torch.finfo(a.dtype).tiny**.5
     return ((a + tiny)/(b + tiny)).sqrt()
 
+# %% ../../nbs/horizon/44d_unbiased.ipynb #04c9b818
 class UORO(Rule):
     "P ≈ s ⊗ w, unbiased and of rank one (Tallec and Ollivier 2017, Alg. 1)."
     def __init__(self, form, index, n, vocab, draws:int=1):
@@ -55,7 +56,7 @@ class UORO(Rule):
 
     def read(self, P, q): return torch.einsum("db,dbgnw->dgnw", (P[0]*q).sum((-1, -2)), P[1])
 
-# %% ../../nbs/horizon/44d_unbiased.ipynb #3b798b63
+# %% ../../nbs/horizon/44d_unbiased.ipynb #a21d6a47
 class KF(UORO):
     "P ≈ u ⊗ A, unbiased, one Kronecker product (Mujika et al. 2018, Thm. 1)."
     def __init__(self, form, index, n, vocab, draws:int=1):
@@ -83,7 +84,7 @@ class KF(UORO):
 
     def read(self, P, q): return torch.einsum("dbgn,dbw->dgnw", torch.einsum("bsk,dbskgn->dbgn", q, P[1]), P[0])
 
-# %% ../../nbs/horizon/44d_unbiased.ipynb #9a48e588
+# %% ../../nbs/horizon/44d_unbiased.ipynb #13fd69e8
 def mixed(
     d:Float[Tensor, "*b r1"], # falling, not negative
     signs:Float[Tensor, "*b r1"], # ±1
@@ -100,6 +101,7 @@ def mixed(
     H = torch.eye(r+1, dtype=d.dtype, device=d.device) - 2*v[...,None]*v[...,None,:]/(v*v).sum(-1)[...,None,None]
     return (signs*torch.where(i >= m, total/k, d).sqrt())[...,None]*H[...,:r]
 
+# %% ../../nbs/horizon/44d_unbiased.ipynb #7f3f95ba
 class OK(KF):
     "P ≈ Σ u_j ⊗ A_j, r products, unbiased, of least variance (Benzing et al. 2019, Alg. 1)."
     def __init__(self, form, index, n, vocab, draws:int=1, rank:int=1):

@@ -6,7 +6,7 @@
 __all__ = ['KEYINGS', 'GATES', 'Remembered', 'BankAttention', 'BankTransformer', 'BankLearner']
 
 # %% ../../nbs/memory/50b_keying.ipynb #c004
-import hashlib, math
+import hashlib, math, os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,7 +223,7 @@ class BankLearner(Learner):
 
     def _file(self, bank:MemoryBank)->dict:
         self.folder.mkdir(parents=True, exist_ok=True)
-        new = self.folder/f"rank{self.trainer.global_rank}.safetensors"
+        new = self.folder/f".{os.getpid()}.part"
         sha = bank.save(new)
         path = new.replace(self.folder/f"{sha[:16]}.safetensors")
         return dict(bank=str(path), sha=sha)

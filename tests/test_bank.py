@@ -401,9 +401,7 @@ def test_learner_resumes_to_the_bit(tmp_path):
 def test_pack_and_unpack_a_state(tmp_path):
     m, tokens = model(), text()
     _, state = m(tokens)
-    learner = BankLearner(m, AssociativeRecall(2, 2, 2, 1, 0, batch_size=2, **{}) if False else _FakeTask(), Schedule(1e-2, 3), None, folder=tmp_path)
-    learner.trainer = type("T", (), dict(global_rank=0, strategy=None))() if False else None
-    learner._trainer = None
+    learner = BankLearner(m, NoTask(), Schedule(1e-2, 3), folder=tmp_path)
     saved = learner.pack(detach(state))
     torch.save(saved, tmp_path/"state.pt")
     back = learner.unpack(torch.load(tmp_path/"state.pt", weights_only=True))
@@ -419,7 +417,7 @@ def test_pack_and_unpack_a_state(tmp_path):
     with pytest.raises(FileNotFoundError, match="is missing"): learner.unpack(saved)
 
 
-class _FakeTask: vocab, seed = VOCAB, 0
+class NoTask: vocab, seed = VOCAB, 0
 
 
 def test_fit_and_evaluate_leave_the_bank_to_the_sequence():

@@ -139,7 +139,7 @@ def read(self:BankAttention,
         best = scores.detach().masked_fill(~seen, -torch.inf).topk(self.k, -1).indices
         seen = seen & torch.zeros_like(seen).scatter_(-1, best, True)
     some = seen.any(-1)
-    z = (beta*scores).masked_fill(~seen, -torch.inf)
+    z = (beta*(scores - 1)).masked_fill(~seen, -torch.inf)
     lse = z.masked_fill(~some[...,None], 0.).logsumexp(-1)
     p = (z - lse[...,None]).exp().masked_fill(~seen, 0.)
     m = p[...,p.shape[-1]-late:] @ inputs[:,:late]

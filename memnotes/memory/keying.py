@@ -108,7 +108,7 @@ def init_state(self:BankAttention, batch:int)->Remembered:
 def local(self:BankAttention, x, state)->tuple[Float[Tensor, "b h t e"], Float[Tensor, "b h t"], Tensor, Tensor]:
     "Windowed softmax attention, its log-sum-exps, and all its keys and values."
     heads = lambda y: y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-    (b,t,d), s = x.shape, state["keys"].shape[1]
+    (_,t,d), s = x.shape, state["keys"].shape[1]
     at = torch.arange(state["position"]-s, state["position"]+t, device=x.device)[None]
     keys, values = torch.cat([state["keys"], self.key(x)], 1), torch.cat([state["values"], self.value(x)], 1)
     cos, sin = rope_table(at, d//self.n_heads, self.rope_base, x.dtype)
@@ -154,7 +154,7 @@ def forward(self:BankAttention,
 )->tuple[Float[Tensor, "b t d"], Remembered]: # outputs; the state, its bank written to
     "Attend to the window and to the bank; any split of a sequence gives what one pass gives. ValueError where the bank has moved on since the state was returned."
     state = self.start(x) if state is None else state
-    (b,t,d), s, bank, position = x.shape, state["keys"].shape[1], state["bank"], state["position"]
+    (b,t,_), s, bank, position = x.shape, state["keys"].shape[1], state["bank"], state["position"]
     if bank is not None and (bank.written != position - s or bank.batch != b): raise ValueError(
         f"state: its bank holds {bank.written} tokens of {bank.batch} rows where {position - s} of {b} were left behind; go on from the latest state, or from a fork()")
     near = torch.cat([state["recent"], x], 1)

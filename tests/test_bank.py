@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from memnotes.core.learner import Schedule, evaluate, fit, quiet
 from memnotes.core.sequence import Transformer, detach, is_store, leaves, nbytes, select
-from memnotes.core.tasks import AssociativeRecall
+from memnotes.core.tasks import AssociativeRecall, Brackets
 from memnotes.memory.attach import attach
 from memnotes.memory.bank import GATES, KEYINGS, BankAttention, BankLearner, BankTransformer, MemoryBank, Remembered
 from memnotes.memory.store import mapped
@@ -384,18 +384,19 @@ def task(**kwargs): return AssociativeRecall(4, 4, 3, 3, 9, batch_size=4, seed=1
 def test_learner_resumes_to_the_bit(tmp_path):
     import lightning as L
     from memnotes.core.learner import Keep, WholeFiles
-    def run(steps, out, resume=None):
+    def run(steps, out, resume=None): # three windows a sequence, a target in each: checkpoints fall in mid-stream
         torch.manual_seed(0)
-        m = BankTransformer(task().vocab, 8, 1, 2, window=6, k=4)
-        learner = BankLearner(m, t := task(), Schedule(1e-2, 6), 9, folder=out/"banks")
+        t = Brackets(length=24, batch_size=4, seed=1)
+        m = BankTransformer(t.vocab, 8, 1, 2, window=4, k=4)
+        learner = BankLearner(m, t, Schedule(1e-2, 6), 8, folder=out/"banks")
         with quiet(): L.Trainer(max_steps=steps, limit_val_batches=0, max_epochs=-1, logger=False, enable_progress_bar=False, enable_model_summary=False, deterministic=True,
             accelerator="cpu", callbacks=[Keep(out, 1)], plugins=[WholeFiles()]).fit(learner, datamodule=t, ckpt_path=resume)
         return learner
     whole = run(6, tmp_path/"a")
-    run(3, tmp_path/"b")
+    run(2, tmp_path/"b")
     rest = run(6, tmp_path/"b", tmp_path/"b/last.ckpt")
     assert whole.losses == rest.losses and all(torch.equal(p, q) for p,q in zip(whole.model.parameters(), rest.model.parameters()))
-    assert len(list((tmp_path/"a/banks").iterdir())) <= 2
+    assert len(list((tmp_path/"a/banks").iterdir())) in (1, 2)
 
 
 def test_pack_and_unpack_a_state(tmp_path):

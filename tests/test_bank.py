@@ -58,12 +58,11 @@ class BankMachine(RuleBasedStateMachine):
         draw = lambda d: [[[float(data.draw(number)) for _ in range(d)] for _ in range(n)] for _ in self.rows]
         keys, values, tags = draw(D), draw(V), [[data.draw(number) for _ in range(n)] for _ in self.rows]
         for i in range(0, n, bank.capacity): # a write longer than the bank goes piece by piece, as documented
-            part = range(i, min(i+bank.capacity, n)) if bank.duplicates == "all" else range(i, n)
+            part = range(i, min(i+bank.capacity, n))
             for row,ks,vs,ts in zip(self.rows, keys, values, tags):
                 for j in part: row.write(self.written+j, ks[j], vs[j], ts[j], self.clock, None)
                 if bank.evict == "fifo": row.forget_fifo(self.written + part[-1] + 1)
                 else: row.forget({self.written+j for j in part})
-            if bank.duplicates != "all": break
         shape = lambda x, d: torch.tensor(x, dtype=torch.float64).view(len(self.rows), n, d)
         ids = bank.write(shape(keys, D), shape(values, V), torch.tensor(tags, dtype=torch.long).view(len(self.rows), n))
         assert ids.tolist() == [list(range(self.written, self.written+n))]*len(self.rows)

@@ -190,6 +190,7 @@ def write(self:MemoryBank,
         f"tags: expected int64 of shape {tuple(keys.shape[:2])}; got {tags.dtype} of {tuple(tags.shape)}")
     b, n = keys.shape[:2]
     ids = self.written + torch.arange(n, device=keys.device).expand(b, n)
+    if not n: return ids
     tags = torch.zeros_like(ids) if tags is None else tags
     self.grow(min(self.capacity, self.written + n))
     piece = min(self.capacity, n if self.duplicates == "all" else 256) or 1
@@ -235,10 +236,18 @@ def _append(self:MemoryBank, keys, values, tags):
     at = self._victims(n)
     start = self.written % self.capacity
     straight = (self.evict == "fifo" or self.written + n <= self.capacity) and start + n <= self.capacity # a slice is much faster
-    places = (slice(None), slice(start, start+n)) if straight else (torch.arange(self.batch, device=keys.device)[:,None], at)
-    self.index.delete(self.ids[places].clone())
-    for name,x in dict(keys=keys, values=values, ids=ids, tags=tags, hashes=hashes, merged=merged).items(): getattr(self, name)[places] = x
-    self.used[places], self.hits[places] = self.reads, 0
+    new:dict[str, Any] = dict(keys=keys, values=values, ids=ids, tags=tags, hashes=hashes, merged=merged, used=self.reads, hits=0)
+    places:tuple = (slice(None), slice(start, start+n))
+    dying = self.ids[places].clone() if straight else ids
+    if not straight:
+        if self.evict != "fifo": at = at.gather(1, (ids < 0).long().argsort(dim=-1, stable=True).argsort(dim=-1)) # the living take the first places
+        dying, places = self.ids.gather(1, at), (torch.arange(self.batch, device=keys.device)[:,None].expand_as(at), at)
+        if self.evict != "fifo": # and what was repeated within this piece takes none
+            lives = ids >= 0
+            dying = dying.masked_fill(~lives, -1)
+            places, new = tuple(p[lives] for p in places), {f: x[lives] if isinstance(x, Tensor) else x for f,x in new.items()}
+    self.index.delete(dying)
+    for name,x in new.items(): getattr(self, name)[places] = x
     self.written += n
     self.size = min(self.capacity, self.written)
     self.index.add(ids, keys)

@@ -36,10 +36,10 @@ def mix(
 # %% ../../nbs/memory/50c_attach.ipynb #c011
 class Attached:
     "Hooks that give a model its banks until `detach()`, or until a `with` block ends."
+    _tokens:Any = None
+    _input:Any = None
     def __init__(self, model, banks, layers, k, share, beta, write):
         self.model, self.banks, self.k, self.share, self.beta, self.write = model, banks, k, share, beta, write
-        self._tokens:Any = None
-        self._input:Any = None
         if layers is None:
             self.hooks = [model.register_forward_pre_hook(self._keep_tokens), model.head.register_forward_pre_hook(self._keep_input), model.register_forward_hook(self._mix)]
         else: self.hooks = [model.blocks[i].register_forward_hook(lambda block, args, out, bank=bank: self._move(bank, out)) for i,bank in zip(layers, banks)]
@@ -48,25 +48,21 @@ class Attached:
     def _keep_input(self, head, args): self._input = args[0]
     def _mix(self, model, args, out):
         (logits, state), tokens, bank = out, self._tokens, self.banks[0]
-        h = F.normalize(self._input.detach(), dim=-1)
-        found = bank.read(h, min(self.k, bank.capacity))
+        found = bank.read(h := F.normalize(self._input.detach(), dim=-1), min(self.k, bank.capacity))
         if self.write and tokens.shape[1] > 1: bank.write(h[:,:-1], tokens[:,1:,None].to(h.dtype))
         return mix(logits, found, self.share, self.beta), state
-
     def _move(self, bank, out):
-        x, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
-        h = F.normalize(x.detach(), dim=-1)
-        found = bank.read(h, min(self.k, bank.capacity))
+        x, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None) # some models' blocks return a tensor
+        found = bank.read(h := F.normalize(x.detach(), dim=-1), min(self.k, bank.capacity))
         w = votes(found, self.beta)*self.share
         moved = x*(1 - w.sum(-1, keepdim=True)) + torch.einsum("btk,btkd->btd", w, found.values)
         if self.write and x.shape[1] > 1: bank.write(h[:,:-1], x.detach()[:,1:])
         return moved if rest is None else (moved, *rest)
-
+    def __enter__(self): return self
+    def __exit__(self, *error): self.detach()
     def detach(self):
         "Remove the hooks: the model is what it was."
         for h in self.hooks: h.remove()
-    def __enter__(self): return self
-    def __exit__(self, *error): self.detach()
 
 # %% ../../nbs/memory/50c_attach.ipynb #c012
 def attach(

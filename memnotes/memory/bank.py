@@ -9,8 +9,8 @@ __all__ = ['reach', 'Attached', 'attach', 'mix', 'votes', 'GATES', 'KEYINGS', 'B
 
 # %% ../../nbs/memory/50_bank.ipynb #c004
 from .attach import Attached, attach, mix, votes
-from .keying import GATES, KEYINGS, BankAttention, BankLearner, BankTransformer, Remembered
-from .store import INDEXES, Exact, Index, MemoryBank, Read, collision_law, hash_rows, load_bank, mapped
+from .keying import GATES, KEYINGS, BankAttention, BankTransformer
+from .store import INDEXES, BankLearner, Exact, Index, MemoryBank, Read, Remembered, collision_law, hash_rows, load_bank, mapped
 import torch
 from jaxtyping import Float
 from torch import Tensor

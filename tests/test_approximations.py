@@ -19,12 +19,7 @@ VOCAB = 5
 NAMES = ["rnn", "gru", "lstm", "mingru", "elstm"]
 
 
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def sparse(d, h): return RateRNN(d, h, degree=2, leak=.7)

@@ -8,12 +8,7 @@ from memnotes.core.cells import CELLS, Recurrent
 from memnotes.core.sequence import Transformer
 from memnotes.horizon.bptt import gradient_by_lag, log_gradient_by_lag, model_gradient_by_lag
 
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 MODELS = {name: lambda name=name: Recurrent(name, 7, d_model=8, n_layers=1) for name in CELLS}
 MODELS |= {f"transformer {p}": lambda p=p: Transformer(7, d_model=8, n_layers=2, n_heads=2, positions=p, max_len=64) for p in ("rope", "learned", "none")}

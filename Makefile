@@ -17,10 +17,11 @@ help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@echo; echo "  PROFILE=smoke|quick|full  CHAPTERS=\"inside/20_logit_lens …\"  JOBS=2  LONG=1 (long tests)  PYTHON=python3.12"
 
-$(STAMP): requirements.lock settings.ini setup.py
+$(STAMP): requirements.lock requirements-index.txt settings.ini setup.py
 	@test -n "$(PYTHON)" || { echo "memnotes needs Python 3.11 or newer with venv; none was found. Install one, or name it: make PYTHON=/path/to/python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -r requirements.lock
+	$(BIN)/python -m pip install -q --no-deps -r requirements-index.txt
 	$(BIN)/python -m pip install -q --no-deps -e .
 	@touch $@
 

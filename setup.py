@@ -18,5 +18,5 @@ setup(
                  "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     packages=find_packages(include=["memnotes", "memnotes.*"]), include_package_data=True,
     python_requires=">=" + cfg["min_python"], install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "index": cfg["index_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split()})

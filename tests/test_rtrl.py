@@ -12,7 +12,7 @@ from memnotes.core.cells import CELLS, Cell, Recurrent
 from memnotes.core.learner import Schedule, fit
 from memnotes.core.sequence import Transformer, detach, nbytes
 from memnotes.core.tasks import Brackets, CopyFirst
-from memnotes.horizon.rtrl import RTRL, Fleet, RTRLLearner, bptt_gradient, carry, influence_step, one_hot, recall, recall_loss, rtrl_gradient, stream
+from memnotes.horizon.rtrl import RTRL, Fleet, RTRLLearner, bptt_gradient, carry, influence_step, marked_words, one_hot, recall, recall_loss, rtrl_gradient, stream
 
 LONG = os.environ.get("LONG") == "1"
 VOCAB = 7
@@ -187,7 +187,7 @@ def test_the_fleet_is_its_networks():
     tokens = torch.stack([CopyFirst(17, 100, batch_size=3).batch(s, "train", 0, 0)["tokens"] for s in range(2)])
     models = [one_hot(17, 100, e).double() for e in (0., 1e-3, 0., 1e-3)] # two arms of two seeds
     fleet, cut = Fleet(models, 2), torch.tensor([False, False, True, True])
-    loss, _ = recall_loss(fleet, tokens, 64, cut, torch.zeros(4, dtype=torch.float64))
+    loss, _ = recall_loss(fleet, marked_words(range(2), 17, 100, 0, batch=3), cut, torch.zeros(4, dtype=torch.float64))
     g = torch.autograd.grad(loss.sum(), fleet.candidate)[0]
     for i,m in enumerate(models):
         x = tokens[i % 2]
@@ -198,11 +198,19 @@ def test_the_fleet_is_its_networks():
         assert (g[i][:,:8] == 0).all() == (i > 1)
 
 
+@pytest.mark.parametrize("lag,window", [(1, 4), (7, 8), (63, 64), (64, 64), (1000, 7), (10_000, 64)])
+def test_marked_words_are_the_tasks_sequences_cut_from_the_end(lag, window):
+    parts = list(marked_words((3, 5), 17, lag, 2, batch=2, window=window, split="test"))
+    assert {p.shape[-1] for p in parts[1:]} <= {window} and 1 <= parts[0].shape[-1] <= window
+    whole = torch.stack([CopyFirst(17, lag, batch_size=2).batch(s, "test", 0, 2)["tokens"] for s in (3, 5)])
+    assert torch.equal(torch.cat(parts, -1), whole)
+
+
 def test_write_cost_is_the_gates_by_autograd():
     tokens = CopyFirst(17, 20, batch_size=3).batch(0, "train", 0, 0)["tokens"][None]
     m = one_hot(17, 20).double()
     fleet = Fleet([m])
-    with_, without = (recall_loss(fleet, tokens, 8, torch.tensor([False]), torch.tensor([c], dtype=torch.float64))[0] for c in (.02, 0.))
+    with_, without = (recall_loss(fleet, tokens.split([5, 8, 8], -1), torch.tensor([False]), torch.tensor([c], dtype=torch.float64))[0] for c in (.02, 0.))
     z = m.blocks[0].mixer.gate(m.embed(tokens[0])).sigmoid()
     assert abs((with_ - without).item() - .02*z.mean(2).sum(1).mean().item()) <= 1e-12
 
@@ -224,7 +232,8 @@ def test_recall_is_what_the_model_says():
 def test_carry_keeps_nothing_of_the_past_where_truncated():
     a, b = torch.rand(1, 5, 2, dtype=torch.float64), torch.rand(1, 5, 2, dtype=torch.float64)
     tokens = torch.tensor([[[0, 1, 1, 2, 2, 2]]])
-    _, P = carry(a, b, tokens, 3, torch.tensor([[False, True]]))
+    _, P, word, used = carry(a, b, tokens.split(3, -1), torch.tensor([[False, True]]))
+    assert word.tolist() == [[0]] and used.tolist() == [[1, 2, 3, 0, 0]]
     assert (P[:,0,0,:2,1] == 0).all() and (P[1,0,0,:2,0] > 0).all()
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEATURE_MAPS', 'FORMS', 'elu1', 'relu2', 'taylor2', 'dpfp', 'parallel', 'recurrent', 'in_chunks', 'entering',
-           'chunked', 'delta_recurrent', 'corrections', 'delta_parallel', 'delta_chunked', 'LinearAttention',
-           'GatedLinearAttention', 'DeltaRule']
+           'chunked', 'delta_recurrent', 'Inverse', 'corrections', 'Between', 'delta_parallel', 'delta_chunked',
+           'LinearAttention', 'GatedLinearAttention', 'DeltaRule']
 
 # %% ../../nbs/horizon/42a_forms.ipynb #9031148b
 import math
@@ -115,31 +115,65 @@ def delta_recurrent(q, k, v, S, beta): # beta (*b t 1): how far each value is mo
         y.append((q[...,i,None,:] @ S).squeeze(-2))
     return torch.stack(y, -2), S
 
-# %% ../../nbs/horizon/42a_forms.ipynb #13be21ce
+# %% ../../nbs/horizon/42a_forms.ipynb #c42d0
+class Inverse(torch.autograd.Function):
+    "T = (I + L)⁻¹ of a strictly lower triangular L, by halves down to 16: [[A, 0], [C, B]]⁻¹ = [[A⁻¹, 0], [-B⁻¹ C A⁻¹, B⁻¹]]; dL = -Tᵀ dT Tᵀ."
+    generate_vmap_rule = True
+    @staticmethod
+    def solve(L):
+        n, m = L.shape[-1], L.shape[-1]//2
+        if n <= 16: return torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device).expand_as(L), upper=False, unitriangular=True)
+        A, B = Inverse.solve(L[...,:m,:m]), Inverse.solve(L[...,m:,m:])
+        return torch.cat([F.pad(A, (0, n-m)), torch.cat([-B @ (L[...,m:,:m] @ A), B], -1)], -2)
+    forward = solve
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(output)
+    @staticmethod
+    def backward(ctx, dT):
+        T, = ctx.saved_tensors
+        return -(T.mT @ dT @ T.mT).tril(-1)
+
 def corrections(k, v, beta): # (*b t f), (*b t e), (*b t 1)
     "W, U of the written values u = U - W S: one triangular system for all positions (Yang et al. 2024)."
-    L = (beta*(k @ k.mT)).tril(-1)
-    W, U = torch.linalg.solve_triangular(L, beta*torch.cat([k, v], -1), upper=False, unitriangular=True).split([k.shape[-1], v.shape[-1]], -1)
-    return W, U
+    T = Inverse.apply((beta*(k @ k.mT)).tril(-1))*beta.mT
+    return T @ k, T @ v
 
+# %% ../../nbs/horizon/42a_forms.ipynb #c42d1
+class Between(torch.autograd.Function):
+    "From chunk to chunk, u_n = U_n - W_n S_n, S_{n+1} = S_n + k_nᵀ u_n; backward is two products a chunk as well, all else is done at once."
+    generate_vmap_rule = True
+    @staticmethod
+    def forward(k, W, U, S): # (*b n c f), (*b n c f), (*b n c e), (*b f e): each S_n, each u_n, the last S
+        s, before, u = S.flatten(0, -3), [], []
+        for k_n,W_n,U_n in zip(*(x.flatten(0, -4).unbind(1) for x in (k, W, U))):
+            before.append(s), u.append(torch.baddbmm(U_n, W_n, s, alpha=-1))
+            s = torch.baddbmm(s, k_n.mT, u[-1])
+        return *(torch.stack(x, 1).unflatten(0, S.shape[:-2]) for x in (before, u)), s.view(S.shape)
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs[:2], *output[:2])
+    @staticmethod
+    def backward(ctx, d_before, d_u, d_last):
+        k, W, before, u = ctx.saved_tensors
+        g, G, lam = d_last.flatten(0, -3), [], [] # gradients of the state that leaves a chunk, and of what the chunk writes
+        for k_n,W_n,b_n,u_n in zip(*(x.flatten(0, -4).unbind(1)[::-1] for x in (k, W, d_before, d_u))):
+            G.append(g), lam.append(torch.baddbmm(u_n, k_n, g))
+            g = torch.baddbmm(g + b_n, W_n.mT, lam[-1], alpha=-1)
+        G, lam = (torch.stack(x[::-1], 1).unflatten(0, d_last.shape[:-2]) for x in (G, lam))
+        return u @ G.mT, -lam @ before.mT, lam, g.view(d_last.shape)
+
+# %% ../../nbs/horizon/42a_forms.ipynb #13be21ce
 def delta_parallel(q, k, v, S, beta):
     "All pairs of positions at once: O(t³) for the system."
     W, U = corrections(k, v, beta)
     u = U - W @ S
     return (q @ k.mT).tril() @ u + q @ S, S + k.mT @ u
 
-def delta_chunked(q, k, v, S, beta, size:int=64):
+def delta_chunked(q, k, v, S, beta, size:int=32):
     "The systems of all chunks at once, then the state from chunk to chunk: two products each."
     t, size = v.shape[-2], min(size, v.shape[-2])
     q, k, v, beta = (in_chunks(x, size) for x in (q, k, v, beta))
-    W, U = corrections(k, v, beta)
-    before, written = [], []
-    for k_n,W_n,U_n in zip(k.unbind(-3), W.unbind(-3), U.unbind(-3)):
-        before.append(S)
-        written.append(U_n - W_n @ S)
-        S = S + k_n.mT @ written[-1]
-    y = (q @ k.mT).tril() @ torch.stack(written, -3) + q @ torch.stack(before, -3)
-    return y.flatten(-3, -2)[...,:t,:], S
+    before, u, S = Between.apply(k, *corrections(k, v, beta), S)
+    return ((q @ k.mT).tril() @ u + q @ before).flatten(-3, -2)[...,:t,:], S
 
 # %% ../../nbs/horizon/42a_forms.ipynb #f814cef0
 FORMS:dict[str, tuple[Callable, Callable]] = dict(parallel=(parallel, delta_parallel), recurrent=(recurrent, delta_recurrent), chunked=(chunked, delta_chunked))
@@ -223,7 +257,7 @@ class GatedLinearAttention(LinearAttention):
 class DeltaRule(LinearAttention):
     "Linear attention that corrects: what a key recalls is replaced by the new value, as far as β ∈ (0, 1) says (Schlag et al. 2021; Yang et al. 2024)."
     kind, extra = 1, 0
-    def __init__(self, d_model:int, n_heads:int=4, d_key:int|None=None, form:str="chunked", chunk:int=64):
+    def __init__(self, d_model:int, n_heads:int=4, d_key:int|None=None, form:str="chunked", chunk:int=32):
         super().__init__(d_model, n_heads, F.silu, d_key, form, chunk)
         self.beta, self.norm = nn.Linear(d_model, n_heads), nn.RMSNorm(self.d_value, eps=1e-5)
 

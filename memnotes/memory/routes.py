@@ -14,7 +14,7 @@ from torch import Tensor
 # %% ../../nbs/memory/51e_routes.ipynb #c009
 def mix(x:Int[Tensor, "…"], salt:int)->Int[Tensor, "…"]:
     "A 63-bit hash of integers: the finish of splitmix64 (Steele et al. 2014)."
-    x = x*-0x61C8864680B583EB + salt*-0x40A7B892E31B1A47
+    x = x*-0x61C8864680B583EB + salt*0x40A7B892E31B1A
     for shift,factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)): x = (x ^ (x >> shift & (1 << 64-shift) - 1))*factor
     return (x ^ (x >> 31 & (1 << 33) - 1)) & (1 << 63) - 1
 

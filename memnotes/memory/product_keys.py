@@ -60,4 +60,4 @@ class ProductKeyMemory(nn.Module):
         if x.shape[-1] != self.d_model: raise ValueError(f"x: expected width d_model={self.d_model}; got {x.shape[-1]}")
         scores, rows = self.chosen(x)
         scores, rows = (torch.cat(list(z), -1) for z in (scores.softmax(-1), rows)) # heads side by side
-        return F.embedding_bag(rows.flatten(0, -2), self.values.weight, per_sample_weights=scores.flatten(0, -2), mode="sum").view_as(x)
+        return F.embedding_bag(rows.view(-1, rows.shape[-1]), self.values.weight, per_sample_weights=scores.view(-1, rows.shape[-1]), mode="sum").view_as(x)

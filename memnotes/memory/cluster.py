@@ -39,15 +39,17 @@ class Cluster:
     def _room(self, n:int):
         "At least n cells a row."
         more = max(n, 2*self.live.shape[1]) - self.live.shape[1] if n > self.live.shape[1] else 0
-        for name in ("keys", "ids", "places", "fill", "live", "centroids"):
+        for name in ("keys", "ids", "places", "fill", "live", "centroids") if more else ():
             x = getattr(self, name)
-            if more: setattr(self, name, torch.cat([x, x.new_full((len(x), more, *x.shape[2:]), -1 if name == "ids" else 0)], 1))
+            setattr(self, name, torch.cat([x, x.new_full((len(x), more, *x.shape[2:]), -1 if name == "ids" else 0)], 1))
 
-    def near(self, x:Float[Tensor, "b n d"])->Float[Tensor, "b n c"]:
-        "Products with all centroids; -inf for cells where nothing lives."
-        return (x.to(self.centroids.dtype) @ self.centroids.mT).masked_fill_((self.live == 0)[:,None], -torch.inf)
+# %% ../../nbs/memory/51c_cluster.ipynb #c010
+@patch
+def near(self:Cluster, x:Float[Tensor, "b n d"])->Float[Tensor, "b n c"]:
+    "Products with all centroids; -inf for cells where nothing lives."
+    return (x.to(self.centroids.dtype) @ self.centroids.mT).masked_fill_((self.live == 0)[:,None], -torch.inf)
 
-# %% ../../nbs/memory/51c_cluster.ipynb #c011
+# %% ../../nbs/memory/51c_cluster.ipynb #c012
 @patch
 def add(self:Cluster, ids:Int[Tensor, "b n"], keys:Float[Tensor, "b n d"]):
     "File entries that the bank holds; -1 and the dead are none."
@@ -77,7 +79,7 @@ def _file(self:Cluster, ids, places, keys):
             full[row[waiting],cell[waiting]] = True
             self._split(*full.nonzero(as_tuple=True))
 
-# %% ../../nbs/memory/51c_cluster.ipynb #c013
+# %% ../../nbs/memory/51c_cluster.ipynb #c014
 def unit(x): return F.normalize(x, dim=-1)
 
 def halves(
@@ -97,7 +99,7 @@ def halves(
         p, q = (unit((side[:,None].to(y.dtype) @ y)[:,0]) for side in (moves, alive & ~moves))
     return moves
 
-# %% ../../nbs/memory/51c_cluster.ipynb #c014
+# %% ../../nbs/memory/51c_cluster.ipynb #c015
 @patch
 def _split(self:Cluster, row, cell): # (m,): which cells are full
     x, ids, places = self.keys[row,cell].to(self.centroids.dtype), self.ids[row,cell], self.places[row,cell]
@@ -108,6 +110,7 @@ def _split(self:Cluster, row, cell): # (m,): which cells are full
     self._place(row, cell, x, ids, places, alive & ~moves)
     self._place(row[two], new[two], x[two], ids[two], places[two], moves[two])
 
+# %% ../../nbs/memory/51c_cluster.ipynb #c016
 @patch
 def _numbers(self:Cluster, row, cell, two):
     "A cell of the same row for each that splits: an empty one, or a new one."
@@ -131,12 +134,12 @@ def _place(self:Cluster, row, cell, x, ids, places, chosen):
     self.centroids[row,cell] = unit((unit(x)*kept[:,:,None]).sum(1))
     self.slots[row[:,None].expand_as(ids)[kept],places[kept]] = ((cell*self.cell)[:,None] + slot)[kept]
 
-# %% ../../nbs/memory/51c_cluster.ipynb #c016
+# %% ../../nbs/memory/51c_cluster.ipynb #c018
 @patch
 @torch.no_grad()
 def search(self:Cluster, queries:Float[Tensor, "b t d"], k:int, oldest:Int[Tensor, "b t"]|None=None):
     "Scores and ids, best first, of the k best in the probed cells; -inf and -1 where there are fewer than k."
-    (b, t, d), n, L = queries.shape, self.live.shape[1], self.cell
+    b, n, L = len(queries), self.live.shape[1], self.cell
     P, cells, names, out = min(self.probes, n), self.keys.flatten(0, 1), self.ids.flatten(0, 1), []
     row, step = torch.arange(b, device=queries.device)[:,None,None]*n, max(1, self.block//(b*P*L))
     oldest = (torch.zeros_like(queries[:,:,0], dtype=torch.long) if oldest is None else oldest).clamp(min=0)
@@ -153,7 +156,7 @@ def search(self:Cluster, queries:Float[Tensor, "b t d"], k:int, oldest:Int[Tenso
     scores, ids = (torch.cat(x, 1) for x in zip(*out))
     return scores, ids.masked_fill(scores == -torch.inf, -1)
 
-# %% ../../nbs/memory/51c_cluster.ipynb #c017
+# %% ../../nbs/memory/51c_cluster.ipynb #c019
 @patch
 def delete(self:Cluster, ids:Int[Tensor, "b n"]):
     "Forget entries, while the bank still knows them; -1, the dead and the unknown are none."

@@ -7,6 +7,7 @@ __all__ = ['need', 'Engine', 'rows', 'Labelled', 'Faiss', 'client', 'drop', 'Mil
 
 # %% ../../nbs/memory/51d_engines.ipynb #c004
 import importlib, math, os, tempfile, uuid, weakref
+from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,7 @@ def delete(self:Engine, ids:Int[Tensor, "b n"]):
     for r,i in rows(ids.masked_fill(~self.bank.locate(ids)[1], -1)):
         if len(i): self.remove(r, np.unique(i))
 
+# %% ../../nbs/memory/51d_engines.ipynb #c011
 @patch
 @torch.no_grad()
 def search(self:Engine, queries:Float[Tensor, "b t d"], k:int, oldest:Int[Tensor, "b t"]|None=None):
@@ -74,7 +76,7 @@ def search(self:Engine, queries:Float[Tensor, "b t d"], k:int, oldest:Int[Tensor
     scores, o = s.topk(k, -1)
     return scores, ids.gather(-1, o).masked_fill(scores == -torch.inf, -1)
 
-# %% ../../nbs/memory/51d_engines.ipynb #c012
+# %% ../../nbs/memory/51d_engines.ipynb #c013
 class Labelled:
     "A file of faiss whose labels are positions in an ascending list of write numbers, and a bit for each: alive?"
     def __init__(self, file, ids:np.ndarray, keys:np.ndarray):
@@ -91,9 +93,10 @@ class Labelled:
         np.bitwise_and.at(self.bits, at//8, ~(1 << at % 8).astype(np.uint8))
         self.dead += len(ids)
 
-# %% ../../nbs/memory/51d_engines.ipynb #c013
+# %% ../../nbs/memory/51d_engines.ipynb #c014
 class Faiss(Engine):
     "faiss' inverted file on the CPU, cells from k-means, deaths in a bitmap. Needs faiss-cpu."
+    build:Callable; file:Callable # below
     def __init__(self, bank:MemoryBank,
         probes:int=16, # cells a question looks into
         quantised:bool=False, # keep one byte for every four numbers
@@ -105,17 +108,34 @@ class Faiss(Engine):
         self.reset()
 
     def reset(self): self.files, self.learned = {}, 0 # row → Labelled; entries when the cells were learned
-    def file(self, x:np.ndarray):
-        "An empty file with cells learned from x."
-        (n, d), bytes = x.shape, max(m for m in range(1, max(1, x.shape[1]//4) + 1) if x.shape[1] % m == 0)
-        cells = max(1, min(int(4*math.sqrt(n)), n//39))
-        new = self.faiss.index_factory(d, f"IVF{cells},PQ{bytes}" if self.quantised and n >= 256 else f"IVF{cells},Flat", self.faiss.METRIC_INNER_PRODUCT)
-        new.cp.min_points_per_centroid = 1 # no warnings: the sample is what there is
-        if hasattr(new, "pq"): new.pq.cp.min_points_per_centroid = 1
-        new.train(x[::max(1, n//(64*cells))] if n else np.zeros((1, d), np.float32))
-        return new
+    def add(self, ids, keys):
+        "New entries; the cells are learned when there are `least`, and again whenever the bank has grown fourfold or half of a file has died."
+        live = int((self.bank.ids >= 0).sum(-1).max())
+        if live >= max(self.least, 4*self.learned) or any(f.dead > 1024 and 2*f.dead > f.n for f in self.files.values()): self.build()
+        elif self.learned: super().add(ids, keys)
+    def search(self, queries, k, oldest=None): return super().search(queries, k, oldest) if self.learned else Exact(self.bank).search(queries, k, oldest)
+    def insert(self, row, ids, keys): self.files[row].add(ids, keys)
+    def remove(self, row, ids): self.files[row].kill(ids) if self.learned else None
+    def find(self, row, queries, n):
+        f = self.files[row]
+        self.faiss.omp_set_num_threads(torch.get_num_threads())
+        params = self.faiss.SearchParametersIVF(nprobe=min(self.probes, f.file.nlist), sel=self.faiss.IDSelectorBitmap(f.bits))
+        labels = f.file.search(np.ascontiguousarray(queries), n, params=params)[1]
+        return np.where(labels < 0, -1, f.ids[labels.clip(0)] if f.n else -1)
 
-# %% ../../nbs/memory/51d_engines.ipynb #c014
+# %% ../../nbs/memory/51d_engines.ipynb #c015
+@patch
+def file(self:Faiss, x:np.ndarray):
+    "An empty file with cells learned from x."
+    (n, d), bytes = x.shape, max(m for m in range(1, max(1, x.shape[1]//4) + 1) if x.shape[1] % m == 0)
+    cells = max(1, min(int(4*math.sqrt(n)), n//39))
+    new = self.faiss.index_factory(d, f"IVF{cells},PQ{bytes}" if self.quantised and n >= 256 else f"IVF{cells},Flat", self.faiss.METRIC_INNER_PRODUCT)
+    new.cp.min_points_per_centroid = 1 # no warnings: the sample is what there is
+    if hasattr(new, "pq"): new.pq.cp.min_points_per_centroid = 1
+    new.train(x[::max(1, n//(64*cells))] if n else np.zeros((1, d), np.float32))
+    return new
+
+# %% ../../nbs/memory/51d_engines.ipynb #c016
 @patch
 def build(self:Faiss):
     "Learn all rows' cells from their live keys, and fill them."
@@ -125,33 +145,10 @@ def build(self:Faiss):
         x = np.ascontiguousarray(bank.keys[r,place[ids >= 0]].float().cpu().numpy())
         self.files[r] = Labelled(self.file(x), ids[ids >= 0].cpu().numpy(), x)
     self.learned = max(1, max(f.n for f in self.files.values()))
-
-@patch
-def add(self:Faiss, ids:Int[Tensor, "b n"], keys:Float[Tensor, "b n d"]):
-    "New entries; the cells are learned when there are `least`, and again whenever the bank has grown fourfold or half of a file has died."
-    live = int((self.bank.ids >= 0).sum(-1).max())
-    if live >= max(self.least, 4*self.learned) or any(f.dead > 1024 and 2*f.dead > f.n for f in self.files.values()): self.build()
-    elif self.learned: Engine.add(self, ids, keys)
-
-@patch
-def insert(self:Faiss, row, ids, keys): self.files[row].add(ids, keys)
-@patch
-def remove(self:Faiss, row, ids):
-    if self.learned: self.files[row].kill(ids)
-@patch
-def find(self:Faiss, row, queries, n):
-    f, faiss = self.files[row], self.faiss
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    params = faiss.SearchParametersIVF(nprobe=min(self.probes, f.file.nlist), sel=faiss.IDSelectorBitmap(f.bits))
-    labels = f.file.search(np.ascontiguousarray(queries), n, params=params)[1]
-    return np.where(labels < 0, -1, np.append(f.ids, -1)[labels])
-@patch
-def search(self:Faiss, queries, k, oldest=None): return (Engine if self.learned else Exact).search(self, queries, k, oldest)
-Faiss.block = Exact.block # type: ignore[attr-defined]
 INDEXES["faiss"] = Faiss
 INDEXES["faiss_pq"] = lambda bank: Faiss(bank, quantised=True, more=8)
 
-# %% ../../nbs/memory/51d_engines.ipynb #c016
+# %% ../../nbs/memory/51d_engines.ipynb #c018
 _clients:dict = {} # uri → client
 def client(uri:str|None, token:str): # a connected MilvusClient; None: a file that vanishes with the process
     "One client an address."
@@ -168,7 +165,7 @@ def drop(client, names): # collections of a bank that is gone
         try: client.drop_collection(n)
         except Exception: pass # the server may be gone first
 
-# %% ../../nbs/memory/51d_engines.ipynb #c017
+# %% ../../nbs/memory/51d_engines.ipynb #c019
 class Milvus(Engine):
     "Collections of a Milvus server, or of milvus-lite in this process. Needs pymilvus, and milvus-lite where the address is a file."
     def __init__(self, bank:MemoryBank,
@@ -179,22 +176,25 @@ class Milvus(Engine):
         super().__init__(bank, more)
         if bank.d_key < 2: raise ValueError(f"d_key: Milvus needs vectors of at least 2 numbers; got {bank.d_key}")
         self.client, self.made = client(uri, token), {} # row → collection
-        self.reset()
+        weakref.finalize(self, drop, self.client, self.made.values())
     def reset(self):
         "Drop what is stored."
         drop(self.client, self.made.values())
         self.made.clear()
-        self.end = weakref.finalize(self, drop, self.client, self.made.values())
     def insert(self, row, ids, keys):
         if row not in self.made:
             self.made[row] = f"bank_{uuid.uuid4().hex}_{row}"
             self.client.create_collection(self.made[row], dimension=self.bank.d_key, metric_type="IP", auto_id=False, consistency_level="Strong")
         for a in range(0, len(ids), 4096): self.client.insert(self.made[row], [dict(id=int(i), vector=x.tolist()) for i,x in zip(ids[a:a+4096], keys[a:a+4096])])
-    def remove(self, row, ids):
-        if row in self.made: self.client.delete(self.made[row], ids=ids.tolist())
-    def find(self, row, queries, n):
-        out = np.full((len(queries), n), -1, np.int64)
-        if row not in self.made: return out
-        for o,hits in zip(out, self.client.search(self.made[row], data=queries.tolist(), limit=min(n, 16384), output_fields=[])): o[:len(hits)] = [h["id"] for h in hits]
-        return out
+
+# %% ../../nbs/memory/51d_engines.ipynb #c020
+@patch
+def remove(self:Milvus, row, ids):
+    if row in self.made: self.client.delete(self.made[row], ids=ids.tolist())
+@patch
+def find(self:Milvus, row, queries, n):
+    out = np.full((len(queries), n), -1, np.int64)
+    if row not in self.made: return out
+    for o,hits in zip(out, self.client.search(self.made[row], data=queries.tolist(), limit=min(n, 16384), output_fields=[])): o[:len(hits)] = [h["id"] for h in hits]
+    return out
 INDEXES["milvus"] = Milvus

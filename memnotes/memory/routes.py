@@ -18,6 +18,7 @@ def mix(x:Int[Tensor, "…"], salt:int)->Int[Tensor, "…"]:
     for shift,factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)): x = (x ^ (x >> shift & (1 << 64-shift) - 1))*factor
     return (x ^ (x >> 31 & (1 << 33) - 1)) & (1 << 63) - 1
 
+# %% ../../nbs/memory/51e_routes.ipynb #c010
 class Bloom:
     "Filters of integer keys, one a segment. No key that was added is denied."
     def __init__(self,
@@ -45,12 +46,12 @@ class Bloom:
         at = self.at(keys)
         return torch.stack([(self.bits[:,a//8] >> (a % 8).to(torch.uint8) & 1).bool() for a in at.T]).all(0).T
 
-# %% ../../nbs/memory/51e_routes.ipynb #c010
+# %% ../../nbs/memory/51e_routes.ipynb #c011
 def false_positives(bits:float, hashes:int, keys:float)->float:
     "Probability that a filter lets a stranger pass, (1-e^(-kn/m))^k (Bloom 1970)."
     return (-math.expm1(-hashes*keys/bits))**hashes
 
-# %% ../../nbs/memory/51e_routes.ipynb #c020
+# %% ../../nbs/memory/51e_routes.ipynb #c021
 SUMMARIES = "mean", "max", "box"
 
 def ranks(

@@ -34,7 +34,8 @@ class Bloom:
         "The bits of each key."
         if keys.dtype != torch.long: raise TypeError(f"keys: expected int64, such as `hash_rows` gives; got {keys.dtype}")
         first, second = mix(keys, 1) % self.m, mix(keys, 2) % (self.m - 1 or 1) + 1
-        return (first[:,None] + second[:,None]*torch.arange(self.k, device=keys.device)) % self.m
+        i = torch.arange(self.k, device=keys.device)
+        return (first[:,None] + second[:,None]*i + (i**3 - i)//6) % self.m
     def add(self, keys:Int[Tensor, "n"], segments:Int[Tensor, "n"]|None=None):
         "Store keys, each in its segment; None: all in the first."
         at = self.at(keys)
@@ -51,7 +52,7 @@ def false_positives(bits:float, hashes:int, keys:float)->float:
     "Probability that a filter lets a stranger pass, (1-e^(-kn/m))^k (Bloom 1970)."
     return (-math.expm1(-hashes*keys/bits))**hashes
 
-# %% ../../nbs/memory/51e_routes.ipynb #c021
+# %% ../../nbs/memory/51e_routes.ipynb #c023
 SUMMARIES = "mean", "max", "box"
 
 def ranks(

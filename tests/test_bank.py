@@ -1,11 +1,12 @@
 "The bank against a dictionary, against faults, and inside models: any split, no gradient, checkpoints, detachable."
-import copy, math, os, resource, signal, subprocess, sys, time
+import copy, importlib.util, math, os, resource, signal, subprocess, sys, time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import settings, strategies as st
+from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from memnotes.core.learner import Schedule, evaluate, fit, quiet
@@ -13,6 +14,7 @@ from memnotes.core.sequence import Transformer, detach, is_store, leaves, nbytes
 from memnotes.core.tasks import AssociativeRecall, Brackets
 from memnotes.memory.attach import attach
 from memnotes.memory.bank import GATES, KEYINGS, BankAttention, BankLearner, BankTransformer, MemoryBank, Remembered
+from memnotes.memory.index import INDEXES, Cluster, Faiss
 from memnotes.memory.store import mapped
 
 LONG = os.environ.get("LONG") == "1"
@@ -44,26 +46,36 @@ class Model:
 
 
 number = st.integers(-3, 3)
+INDEXES["cells of 4"] = partial(Cluster, cell=4, probes=10**6)
+INDEXES["faiss from 8"] = partial(Faiss, probes=10**6, least=8)
+
 class BankMachine(RuleBasedStateMachine):
-    @initialize(capacity=st.integers(1, 9), batch=st.integers(1, 3), evict=st.sampled_from(["fifo", "lru", "least_used"]),
+    index = "exact"
+    @initialize(capacity=st.integers(1, 9) | st.integers(10, 40), batch=st.integers(1, 3), evict=st.sampled_from(["fifo", "lru", "least_used"]),
                 duplicates=st.sampled_from(["all", "last_write", "mean"]), ram=st.sampled_from([0, 1<<30]))
     def begin(self, capacity, batch, evict, duplicates, ram):
-        self.bank = MemoryBank(D, V, capacity, batch, torch.float64, evict=evict, duplicates=duplicates, ram=ram)
+        self.bank = MemoryBank(D, V, capacity, batch, torch.float32, evict=evict, duplicates=duplicates, ram=ram, index=self.index)
         self.rows = [Model(capacity, evict, duplicates) for _ in range(batch)]
         self.written = self.clock = 0
 
     @rule(data=st.data(), n=st.integers(0, 6))
-    def write(self, data, n):
-        bank = self.bank
-        draw = lambda d: [[[float(data.draw(number)) for _ in range(d)] for _ in range(n)] for _ in self.rows]
-        keys, values, tags = draw(D), draw(V), [[data.draw(number) for _ in range(n)] for _ in self.rows]
+    def write(self, data, n): self.written_down(data, n)
+
+    @rule(data=st.data(), n=st.integers(7, 30))
+    def write_much(self, data, n): self.written_down(data, n, repeat=3)
+
+    def written_down(self, data, n, repeat=1):
+        bank, n = self.bank, n//repeat*repeat
+        few = n//repeat
+        draw = lambda d: [[[float(data.draw(number)) for _ in range(d)] for _ in range(few)]*repeat for _ in self.rows] # much is the same again
+        keys, values, tags = draw(D), draw(V), [[data.draw(number) for _ in range(few)]*repeat for _ in self.rows]
         for i in range(0, n, bank.capacity): # a write longer than the bank goes piece by piece, as documented
             part = range(i, min(i+bank.capacity, n))
             for row,ks,vs,ts in zip(self.rows, keys, values, tags):
                 for j in part: row.write(self.written+j, ks[j], vs[j], ts[j], self.clock, None)
                 if bank.evict == "fifo": row.forget_fifo(self.written + part[-1] + 1)
                 else: row.forget({self.written+j for j in part})
-        shape = lambda x, d: torch.tensor(x, dtype=torch.float64).view(len(self.rows), n, d)
+        shape = lambda x, d: torch.tensor(x, dtype=torch.float32).view(len(self.rows), n, d)
         ids = bank.write(shape(keys, D), shape(values, V), torch.tensor(tags, dtype=torch.long).view(len(self.rows), n))
         assert ids.tolist() == [list(range(self.written, self.written+n))]*len(self.rows)
         self.written += n
@@ -72,7 +84,7 @@ class BankMachine(RuleBasedStateMachine):
     def read(self, data, k, view):
         k = min(k, self.bank.capacity)
         q = [[float(data.draw(number)) for _ in range(D)] for _ in self.rows]
-        r = (self.bank.read_only() if view else self.bank).read(torch.tensor(q, dtype=torch.float64)[:,None], k)
+        r = (self.bank.read_only() if view else self.bank).read(torch.tensor(q, dtype=torch.float32)[:,None], k)
         self.clock += not view
         for b,row in enumerate(self.rows):
             score = {i: sum(x*y for x,y in zip(q[b], e["key"])) for i,e in row.live.items()}
@@ -127,8 +139,22 @@ class BankMachine(RuleBasedStateMachine):
                 else: assert not seen["key"][b].count_nonzero() and not seen["value"][b].count_nonzero()
 
 
-TestBank = BankMachine.TestCase
-TestBank.settings = settings(max_examples=500 if LONG else 30, stateful_step_count=40 if LONG else 15, deadline=None, derandomize=not LONG)
+class CellsMachine(BankMachine): index = "cells of 4"
+class FaissMachine(BankMachine): index = "faiss from 8"
+class MilvusMachine(BankMachine): index = "milvus"
+
+
+def driven(machine, long, short, steps, *needs):
+    "Its test: `long` histories of `steps` steps, or `short` ones; left out where an optional engine is missing."
+    case = machine.TestCase
+    case.settings = settings(max_examples=long if LONG else short, stateful_step_count=steps if LONG else 12, deadline=None, derandomize=not LONG, suppress_health_check=list(HealthCheck))
+    return pytest.mark.skipif(not all(importlib.util.find_spec(n) for n in needs), reason="an optional engine")(case)
+
+
+TestBank = driven(BankMachine, 110, 20, 40)
+TestCells = driven(CellsMachine, 100, 15, 40)
+TestFaiss = driven(FaissMachine, 40, 6, 40, "faiss")
+TestMilvus = driven(MilvusMachine, 10, 2, 30, "pymilvus", "milvus_lite")
 
 
 # -- faults

@@ -15,7 +15,7 @@ from memnotes.core.tasks import AssociativeRecall, Brackets
 from memnotes.memory.attach import attach
 from memnotes.memory.bank import GATES, KEYINGS, BankAttention, BankLearner, BankTransformer, MemoryBank, Remembered
 from memnotes.memory.index import INDEXES, Cluster, Faiss
-from memnotes.memory.store import mapped
+from memnotes.memory.store import hash_rows, mapped
 
 LONG = os.environ.get("LONG") == "1"
 D, V = 3, 2
@@ -54,7 +54,7 @@ class BankMachine(RuleBasedStateMachine):
     @initialize(capacity=st.integers(1, 9) | st.integers(10, 40), batch=st.integers(1, 3), evict=st.sampled_from(["fifo", "lru", "least_used"]),
                 duplicates=st.sampled_from(["all", "last_write", "mean"]), ram=st.sampled_from([0, 1<<30]))
     def begin(self, capacity, batch, evict, duplicates, ram):
-        self.bank = MemoryBank(D, V, capacity, batch, torch.float32, evict=evict, duplicates=duplicates, ram=ram, index=self.index)
+        self.bank = MemoryBank(D, V, capacity, batch, torch.float64, evict=evict, duplicates=duplicates, ram=ram, index=self.index)
         self.rows = [Model(capacity, evict, duplicates) for _ in range(batch)]
         self.written = self.clock = 0
 
@@ -75,7 +75,7 @@ class BankMachine(RuleBasedStateMachine):
                 for j in part: row.write(self.written+j, ks[j], vs[j], ts[j], self.clock, None)
                 if bank.evict == "fifo": row.forget_fifo(self.written + part[-1] + 1)
                 else: row.forget({self.written+j for j in part})
-        shape = lambda x, d: torch.tensor(x, dtype=torch.float32).view(len(self.rows), n, d)
+        shape = lambda x, d: torch.tensor(x, dtype=torch.float64).view(len(self.rows), n, d)
         ids = bank.write(shape(keys, D), shape(values, V), torch.tensor(tags, dtype=torch.long).view(len(self.rows), n))
         assert ids.tolist() == [list(range(self.written, self.written+n))]*len(self.rows)
         self.written += n
@@ -84,7 +84,7 @@ class BankMachine(RuleBasedStateMachine):
     def read(self, data, k, view):
         k = min(k, self.bank.capacity)
         q = [[float(data.draw(number)) for _ in range(D)] for _ in self.rows]
-        r = (self.bank.read_only() if view else self.bank).read(torch.tensor(q, dtype=torch.float32)[:,None], k)
+        r = (self.bank.read_only() if view else self.bank).read(torch.tensor(q, dtype=torch.float64)[:,None], k)
         self.clock += not view
         for b,row in enumerate(self.rows):
             score = {i: sum(x*y for x,y in zip(q[b], e["key"])) for i,e in row.live.items()}
@@ -155,6 +155,12 @@ TestBank = driven(BankMachine, 110, 20, 40)
 TestCells = driven(CellsMachine, 100, 15, 40)
 TestFaiss = driven(FaissMachine, 40, 6, 40, "faiss")
 TestMilvus = driven(MilvusMachine, 10, 2, 30, "pymilvus", "milvus_lite")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_small_whole_numbers_have_hashes_of_their_own(dtype):
+    keys = torch.cartesian_prod(*[torch.arange(-3, 4)]*3).to(dtype)[None]
+    assert hash_rows(keys).unique().numel() == 343
 
 
 # -- faults

@@ -159,6 +159,7 @@ def hash_rows(
     "A 63-bit hash of each key's bits: a sum with odd random weights, finished as splitmix64 does (Steele et al. 2014); -0.0 counts as 0.0."
     ints = {1:torch.uint8, 2:torch.int16, 4:torch.int32, 8:torch.int64}[keys.dtype.itemsize]
     bits = (keys + 0.).contiguous().view(ints).long()
+    bits = bits ^ bits >> 32 # the low half of a float64 that is a small whole number is 0, and stays so under any factor
     weights = torch.randint(-(1<<62), 1<<62, (keys.shape[-1],), generator=torch.Generator().manual_seed(0)).to(keys.device)*2 + 1
     h = (bits*weights).sum(-1)
     for shift,factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)): h = (h ^ (h >> shift & (1 << 64-shift) - 1))*factor

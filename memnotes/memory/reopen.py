@@ -111,9 +111,9 @@ def splice(
     if look is None: return Read(found, scores, got.ids, got.valid)
     ids = (segments[...,None]*l + torch.arange(l, device=segments.device)).flatten(1)[:,None]
     seen = (look & (segments >= 0)[:,None]).repeat_interleave(l, -1) & alive
-    join = lambda a, b: torch.cat([a, b.expand(*a.shape[:2], *b.shape[2:])], 2)
-    return Read(join(found, values.flatten(1, 2)[:,None]), join(scores, (queries @ keys.flatten(1, 2).mT).masked_fill(~seen, -torch.inf)),
-        join(got.ids, ids.expand(*seen.shape).masked_fill(~seen, -1)), join(got.valid & ~seen.any(-1, True), seen))
+    kept, join = got.valid & ~seen.any(-1, True), lambda a, b: torch.cat([a, b], 2)
+    return Read(join(found*kept[...,None], values.flatten(1, 2)[:,None]*seen[...,None]), join(scores.masked_fill(~kept, -torch.inf),
+        (queries @ keys.flatten(1, 2).mT).masked_fill(~seen, -torch.inf)), join(got.ids.masked_fill(~kept, -1), torch.where(seen, ids, -1)), join(kept, seen))
 
 # %% ../../nbs/memory/51b_reopen.ipynb #c018
 @contextmanager

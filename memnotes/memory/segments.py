@@ -53,7 +53,8 @@ def file(
     state:Remembered|None=None, # of what came before; its bank is written to
 )->Remembered: # what `model(tokens, state)` returns second
     "The state after tokens, without a read. ValueError where the bank has moved on since the state was returned."
-    run_in(model), check_tokens(tokens, model.vocab)
+    run_in(model)
+    check_tokens(tokens, model.vocab)
     state = model.init_state(len(tokens)) if state is None else state
     mixer, part = model.blocks[-1].mixer, state["blocks"][-1]
     bank, position, tail = part["bank"], part["position"], part["keys"].shape[1]

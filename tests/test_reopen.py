@@ -102,7 +102,7 @@ def test_look_reads_inside_the_segment_and_without_gradient_teaches_nothing():
     assert torch.allclose(got.scores[got.valid], (q[:,:,None]*stored).sum(-1)[got.valid], atol=1e-12)
     key = [model.blocks[0].mixer.bank_key.weight]
     out = [torch.autograd.grad(opened(model, past, now[:,:3], segments, 10, tail=False, look=look, gradient=g).sum(), key, allow_unused=True)[0] for g in (True, False)]
-    assert out[0].count_nonzero() and out[1] is None
+    assert out[0].count_nonzero() and (out[1] is None or not out[1].count_nonzero())
 
 
 def test_look_sees_no_dead_entries():

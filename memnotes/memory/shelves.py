@@ -48,8 +48,9 @@ def file_away(
     recent:Float[Tensor, "b span d"]|None=None, # the inputs before, as returned; None: a beginning
 )->Float[Tensor, "b span d"]: # the last inputs
     "File tokens as a forward pass would, without reading. ValueError where what is filed would depend on what is read."
-    mixer, block = model.blocks[0].mixer, model.blocks[0]
-    if len(model.blocks) != 1 or mixer.keying != "shifted": raise ValueError(f"model: expected one layer with shifted keys; got {len(model.blocks)} and {mixer.keying!r}")
+    block = model.blocks[0]
+    mixer, keying = block.mixer, getattr(block.mixer, "keying", None)
+    if len(model.blocks) != 1 or keying != "shifted": raise ValueError(f"model: expected one layer with shifted keys; got {len(model.blocks)}, keying={keying!r}")
     x = block.norm1(model.embed(tokens))
     near = torch.cat([x.new_zeros(len(x), mixer.span, x.shape[-1]) if recent is None else recent, x], 1)
     u = sum(mixer.query_taps[i]*near[:,i:i+x.shape[1]] for i in range(mixer.span)) # one token late: the shifted key

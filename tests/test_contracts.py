@@ -13,7 +13,7 @@ from memnotes.core.sequence import (Attention, Block, MLP, SequenceModel, SwiGLU
                                     detach, generate, is_store, leaves, nbytes, select)
 from memnotes.horizon.forms import FEATURE_MAPS, DeltaRule, GatedLinearAttention, LinearAttention
 from memnotes.inside.all_attention import AllAttention, PersistentAttention
-from memnotes.memory.far_recall import KeyedMemory, RecurrentMemory, ShortConv
+from memnotes.memory.far_recall import KeyedMemory, ShortConv
 
 D, VOCAB, T = 8, 11, 12
 LONG = os.environ.get("LONG") == "1"
@@ -49,7 +49,6 @@ MIXERS = { # name -> mixer of width D
     "delta-rule-parallel": lambda: DeltaRule(D, 4, d_key=3, form="parallel"),
     "short-conv": lambda: ShortConv(D),
     "keyed-window": lambda: KeyedMemory(D, "window", window=5),
-    "keyed-linear": lambda: KeyedMemory(D, "linear"),
 }
 MODELS = { # name -> model over VOCAB tokens
     "transformer": lambda: Transformer(VOCAB, D, 2, 2),
@@ -61,7 +60,6 @@ MODELS = { # name -> model over VOCAB tokens
     "mixed": lambda: SequenceModel(VOCAB, D, [Block(LSTM(D), MLP(D)), Block(Attention(D, 2, window=4), SwiGLU(D), "rms", dropout=.2)]),
     "linear": lambda: SequenceModel(VOCAB, D, [Block(LinearAttention(D, 2, "taylor2"), MLP(D)), Block(DeltaRule(D, 2)), Block(GatedLinearAttention(D, 2), SwiGLU(D))]),
     "all-attention": lambda: AllAttention(VOCAB, D, 2, 2, 6),
-    "recurrent-memory": lambda: RecurrentMemory(VOCAB, D, 2, n_memory=2, segment=1),
     "all-attention-mlp": lambda: AllAttention(VOCAB, D, 2, 2, 6, d_ff=10),
     **{f"recurrent-{name}": (lambda name=name: Recurrent(name, VOCAB, D, n_layers=2, d_hidden=6, channel="mlp", dropout=.1)) for name in CELLS},
 }

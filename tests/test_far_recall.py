@@ -205,3 +205,5 @@ def test_recurrent_memory_checks_its_tokens():
     model = RecurrentMemory(9, 8, 2)
     with pytest.raises(ValueError, match="tokens: expected 0 to 8"): model(torch.full((1, 3), 9))
     with pytest.raises(TypeError, match="tokens"): model(torch.zeros(1, 3))
+    state = model(torch.zeros(2, 3, dtype=torch.long))[1]
+    with pytest.raises(ValueError, match="expected batch 2, that of the state"): model(torch.zeros(3, 3, dtype=torch.long), state)

@@ -11,6 +11,7 @@ import math, time
 from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from ..core.learner import reading
@@ -40,7 +41,6 @@ class ShortConv(nn.Module):
 # %% ../../nbs/memory/56_far_recall.ipynb #c011
 class KeyedMemory(nn.Module):
     "A bank's queries and shifted keys over a memory of fixed size: a window, or a matrix; `y, state = mixer(x, state)`."
-    residual = "output"
     def __init__(self,
         d_model:int, # width
         memory:str="window", # "window" (softmax over the last tokens) or "linear" (a sum of outer products)
@@ -59,21 +59,27 @@ class KeyedMemory(nn.Module):
         none = lambda *n: self.taps.new_zeros(batch, *n, self.d_model)
         return dict(recent=none(self.span)) | (dict(sum=none(self.d_model)) if self.memory == "linear" else dict(keys=none(0), values=none(0)))
 
-    def forward(self, x:Float[Tensor, "b t d"], state:State=None)->tuple[Float[Tensor, "b t d"], State]:
-        state, t = self.init_state(len(x)) if state is None else state, x.shape[1]
-        near = torch.cat([state["recent"], x], 1)
-        both = F.normalize(self.look(sum(self.taps[i]*near[:,i:i+t+1] for i in range(self.span))), dim=-1) # q_{-1} … q_{t-1}
-        q, keys, kept = both[:,1:], both[:,:-1], dict(recent=near[:,-self.span:].clone())
-        if self.memory == "linear":
-            m = F.rms_norm((q @ keys.mT).tril() @ x + q @ state["sum"], (self.d_model,))
-            return self.output(m), kept | dict(sum=state["sum"] + keys.mT @ x)
-        keys, x = torch.cat([state["keys"], keys], 1), torch.cat([state["values"], x], 1)
-        score, mask = self.log_beta.exp()*q @ keys.mT, causal_mask(t, keys.shape[1]-t, self.window, x.device)
-        if mask is not None: score = score.masked_fill(~mask, -torch.inf)
-        keep = lambda z: z[:,max(0, z.shape[1]-self.window+1):].clone()
-        return self.output(score.softmax(-1) @ x), kept | dict(keys=keep(keys), values=keep(x))
+# %% ../../nbs/memory/56_far_recall.ipynb #c012
+@patch
+def forward(self:KeyedMemory,
+    x:Float[Tensor, "b t d"], # inputs
+    state:State=None, # recent inputs, and the last keys and values or their sum; None: nothing
+)->tuple[Float[Tensor, "b t d"], State]: # outputs; the next state
+    "Look up what was kept; any split of a sequence gives what one pass gives."
+    state, t = self.init_state(len(x)) if state is None else state, x.shape[1]
+    near = torch.cat([state["recent"], x], 1)
+    both = F.normalize(self.look(sum(self.taps[i]*near[:,i:i+t+1] for i in range(self.span))), dim=-1) # q_{-1} … q_{t-1}
+    q, keys, kept = both[:,1:], both[:,:-1], dict(recent=near[:,-self.span:].clone())
+    if self.memory == "linear":
+        m = F.rms_norm((q @ keys.mT).tril() @ x + q @ state["sum"], (self.d_model,))
+        return self.output(m), kept | dict(sum=state["sum"] + keys.mT @ x)
+    keys, x = torch.cat([state["keys"], keys], 1), torch.cat([state["values"], x], 1)
+    score, mask = self.log_beta.exp()*q @ keys.mT, causal_mask(t, keys.shape[1]-t, self.window, x.device)
+    if mask is not None: score = score.masked_fill(~mask, -torch.inf)
+    keep = lambda z: z[:,max(0, z.shape[1]-self.window+1):].clone()
+    return self.output(score.softmax(-1) @ x), kept | dict(keys=keep(keys), values=keep(x))
 
-# %% ../../nbs/memory/56_far_recall.ipynb #c013
+# %% ../../nbs/memory/56_far_recall.ipynb #c014
 class RecurrentMemory(SequenceModel):
     "Segments handed on through memory tokens; `segment` is declared, and splits at its multiples give what one pass gives."
     def __init__(self,
@@ -98,6 +104,7 @@ class RecurrentMemory(SequenceModel):
         check_tokens(tokens, self.vocab)
         state, out, M = self.init_state(len(tokens)) if state is None else state, [], self.n_memory
         memory, recent = state["memory"], state["recent"]
+        if len(memory) != len(tokens): raise ValueError(f"tokens: expected batch {len(memory)}, that of the state (see `select`); got {len(tokens)}")
         for piece in tokens.split(self.segment, 1): # type: ignore[arg-type]
             x, recent = self.blocks[0](self.embed(piece), recent)
             z, _ = self.blocks[1](torch.cat([memory + self.front, x, memory + self.back], 1), None)
@@ -105,7 +112,7 @@ class RecurrentMemory(SequenceModel):
             out.append(z[:,M:-M])
         return torch.cat(out, 1), dict(memory=memory.clone(), recent=recent)
 
-# %% ../../nbs/memory/56_far_recall.ipynb #c026
+# %% ../../nbs/memory/56_far_recall.ipynb #c027
 def carried_recall(
     model, # a `SequenceModel`
     book:Book,

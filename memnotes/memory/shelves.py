@@ -120,6 +120,17 @@ class Book:
         return (logits[:,self.where].argmax(-1) == self.answers).double().mean().item()
 
 # %% ../../nbs/memory/56b_shelves.ipynb #c021
+def _go_on(model, shelves, tail, recent): # the last tokens before the questions, and the inputs before them
+    "The state after the tail, as if everything on the shelves had been read."
+    shelves.asked = torch.zeros(1, dtype=torch.long, device=tail.device) # nothing here is looked at
+    before = model.blocks[0].mixer.start(model.embed(tail)).parts | dict(recent=recent.expand(len(tail), -1, -1), position=shelves.written, bank=shelves)
+    return model(tail, Remembered(dict(blocks=(Remembered(before),))))[1]
+
+def _shelf(model, capacity, rows):
+    mixer, e = model.blocks[0].mixer, model.embed.weight
+    return MemoryBank(mixer.d_key, model.d_model, capacity, rows, e.dtype, device=e.device, ram=1<<40)
+
+# %% ../../nbs/memory/56b_shelves.ipynb #c022
 def far_recall(
     model:BankTransformer, # see `file_away`
     book:Book,
@@ -127,36 +138,29 @@ def far_recall(
     window:int=256, # tokens filed at a time
 )->list[dict]: # of each distance: distance, recall, logits, write (seconds a token), read (seconds a question), bytes
     "Recall through shelves; a call writes all tokens once and reads where an answer is wanted."
-    mixer, d = model.blocks[0].mixer, model.d_model
+    mixer, out, spent = model.blocks[0].mixer, [], 0.
     local, span = mixer.window, mixer.span
     if list(distances) != sorted(set(distances)) or not distances or distances[0] < local + 2*span or distances[-1] > book.task.distance: raise ValueError(
         f"distances: expected rising numbers from {local + 2*span} (window and twice the span) to {book.task.distance}; got {list(distances)}")
-    e, out, spent = model.embed.weight, [], 0.
-    bank = lambda n, rows: MemoryBank(mixer.d_key, d, n, rows, e.dtype, device=e.device, ram=1<<40)
-    own, shared = bank(book.facts.shape[1] + span + local + book.asked.shape[1], book.rows), bank(distances[-1], 1)
+    own, shared = _shelf(model, book.facts.shape[1] + span + local + book.asked.shape[1], book.rows), _shelf(model, distances[-1], 1)
     shared.grow(distances[-1])
     with reading(model):
-        first = next(book.middle(0, span))
+        at, first = span, next(book.middle(0, span))
         file_away(model, first.expand(book.rows, -1), own, file_away(model, book.facts, own))
-        recent, at = model.blocks[0].norm1(model.embed(first)), span
+        recent = model.blocks[0].norm1(model.embed(first))
         for distance in distances:
-            stop = distance - local + 1
-            for tokens in book.middle(at, stop, window):
+            for tokens in book.middle(at, distance - local + 1, window):
                 start = time.perf_counter()
                 recent = file_away(model, tokens, shared, recent)
                 spent += time.perf_counter() - start
-            at = stop
-            shelves = Shelves(shared, own.fork(), book.where[:1])
-            tail = next(book.middle(stop, distance)).expand(book.rows, -1)
-            state = Remembered(dict(blocks=(Remembered(mixer.start(model.embed(tail)).parts | dict(recent=recent.expand(book.rows, -1, -1), position=shelves.written, bank=shelves)),)))
-            _, state = model(tail, state)
+            at, shelves = distance - local + 1, Shelves(shared, own.fork())
+            state = _go_on(model, shelves, next(book.middle(at, distance)).expand(book.rows, -1), recent)
             shelves.asked, start = book.where, time.perf_counter()
             logits, _ = model(book.asked, state)
-            took = time.perf_counter() - start
-            out.append(dict(distance=distance, recall=book.right(logits), logits=logits, write=spent/(at - span), read=took/book.answers.numel(), bytes=at*(own.nbytes()//own.batch//own.keys.shape[1])))
+            out.append(dict(distance=distance, recall=book.right(logits), logits=logits, write=spent/(at - span), read=(time.perf_counter() - start)/book.answers.numel(), bytes=at*(own.nbytes()//own.keys[:,:,0].numel())))
     return out
 
-# %% ../../nbs/memory/56b_shelves.ipynb #c025
+# %% ../../nbs/memory/56b_shelves.ipynb #c026
 def table_recall(
     book:Book,
     distance:int, # tokens of the middle that are read

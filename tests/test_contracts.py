@@ -13,6 +13,7 @@ from memnotes.core.sequence import (Attention, Block, MLP, SequenceModel, SwiGLU
                                     detach, generate, is_store, leaves, nbytes, select)
 from memnotes.horizon.forms import FEATURE_MAPS, DeltaRule, GatedLinearAttention, LinearAttention
 from memnotes.inside.all_attention import AllAttention, PersistentAttention
+from memnotes.memory.far_recall import KeyedMemory, ShortConv
 
 D, VOCAB, T = 8, 11, 12
 LONG = os.environ.get("LONG") == "1"
@@ -46,6 +47,8 @@ MIXERS = { # name -> mixer of width D
     **{decay: (lambda decay=decay: GatedLinearAttention(D, 2, decay, chunk=5)) for decay in ("gla", "retnet")},
     "delta-rule": lambda: DeltaRule(D, 2, chunk=5),
     "delta-rule-parallel": lambda: DeltaRule(D, 4, d_key=3, form="parallel"),
+    "short-conv": lambda: ShortConv(D),
+    "keyed-window": lambda: KeyedMemory(D, "window", window=5),
 }
 MODELS = { # name -> model over VOCAB tokens
     "transformer": lambda: Transformer(VOCAB, D, 2, 2),

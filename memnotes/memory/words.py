@@ -81,18 +81,13 @@ def joined(
 
 # %% ../../nbs/memory/56a_words.ipynb #c021
 def elected(
-    found:Read, # k neighbours of each token of the question, best first; values end with the line
+    found:Read, # k neighbours of each token of the question; values end with the line
     asks:Bool[Tensor, "b t"], # which tokens vote
     lines:int, # how many there are: 0 … lines-1
-    most:int=4, # lines to elect
-    least:float=.6, # of the winner's votes
-)->Int[Tensor, "b m"]: # lines, best first; -1 where votes fall short
-    "The lines that the neighbours of a question's tokens stood in, by votes of s_i - s_k."
-    if most < 1 or not 0 <= least <= 1: raise ValueError(f"most, least: expected at least one line and a share from 0 to 1; got {most}, {least}")
+)->Int[Tensor, "b"]: # the line with most votes
+    "The line that the neighbours of a question's tokens stood in, each weighing s_i - s_k."
     line = found.values[...,-1].long()
     if line.min() < 0 or line.max() >= lines: raise ValueError(f"found: expected lines 0 to {lines-1}; got {line.min()} to {line.max()}")
     worst = found.scores.masked_fill(~found.valid, torch.inf).amin(-1, keepdim=True)
     weight = (found.scores - worst).masked_fill(~(found.valid & asks[:,:,None]), 0.)
-    tally = weight.new_zeros(len(weight), lines).scatter_add(1, line.flatten(1), weight.flatten(1))
-    best, at = tally.topk(min(most, lines), -1)
-    return at.masked_fill((best < least*best[:,:1]) | (best <= 0), -1)
+    return weight.new_zeros(len(weight), lines).scatter_add(1, line.flatten(1), weight.flatten(1)).argmax(1)

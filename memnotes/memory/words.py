@@ -42,14 +42,13 @@ def copied(
     run = matched(query, memory[:,:-1])
     run = run.gather(1, at[:,:,None].expand(-1, -1, run.shape[-1]))
     n = run.shape[-1]
-    late = torch.arange(n, device=query.device)/(n + 1)
-    place = (run + late.double()).topk(min(k, n), -1).indices
+    place = (run + torch.arange(n, device=query.device).double()/n).topk(min(k, n), -1).indices
     score = run.gather(-1, place).float()
     valid = score >= least
-    token = memory[:,None,1:].expand(*run.shape[:2], -1)[:len(run)].gather(-1, place) if len(memory) == len(run) else memory[0,1:][place]
+    token = memory[:,None,1:].expand(*run.shape).gather(-1, place)
     return Read((token*valid)[...,None].float(), score.masked_fill(~valid, -torch.inf), place, valid)
 
-# %% ../../nbs/memory/56a_words.ipynb #c017
+# %% ../../nbs/memory/56a_words.ipynb #c016
 @torch.no_grad()
 def streams(
     model, # ours, or `core.pretrained.wrap(…)` of one of transformers
@@ -66,20 +65,19 @@ def streams(
         for h in hooks: h.remove()
     return kept | dict(head=model.norm(x)), state
 
-# %% ../../nbs/memory/56a_words.ipynb #c019
+# %% ../../nbs/memory/56a_words.ipynb #c018
 def joined(
     a:Read, # of one bank
     b:Read, # of another, for the same queries
     k:int, # entries to keep
 )->Read: # ids are those of the bank they came from
     "The k best of two reads, as one bank with both contents returns them."
-    scores = torch.cat([a.scores, b.scores], -1)
-    best, at = scores.topk(min(k, scores.shape[-1]), -1)
+    best, at = torch.cat([a.scores, b.scores], -1).topk(min(k, a.scores.shape[-1] + b.scores.shape[-1]), -1)
     pick = lambda x,y: torch.cat([x, y], -1).gather(-1, at)
     values = torch.cat([a.values, b.values], -2).gather(-2, at[...,None].expand(*at.shape, a.values.shape[-1]))
     return Read(values, best, pick(a.ids, b.ids), pick(a.valid, b.valid))
 
-# %% ../../nbs/memory/56a_words.ipynb #c021
+# %% ../../nbs/memory/56a_words.ipynb #c020
 def elected(
     found:Read, # k neighbours of each token of the question; values end with the line
     asks:Bool[Tensor, "b t"], # which tokens vote

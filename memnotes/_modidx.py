@@ -1710,4 +1710,9 @@ d = { 'settings': { 'branch': 'main',
                                        'memnotes.memory.store._each': ('memory/store.html#_each', 'memnotes/memory/store.py'),
                                        'memnotes.memory.store.collision_law': ( 'memory/store.html#collision_law',
                                                                                 'memnotes/memory/store.py'),
-                                       'memnotes.memory.store.load_bank': ('memory/store.html#load_bank', 'memnotes/memory/store.py')}}}
+                                       'memnotes.memory.store.load_bank': ('memory/store.html#load_bank', 'memnotes/memory/store.py')},
+            'memnotes.memory.words': { 'memnotes.memory.words.copied': ('memory/words.html#copied', 'memnotes/memory/words.py'),
+                                       'memnotes.memory.words.elected': ('memory/words.html#elected', 'memnotes/memory/words.py'),
+                                       'memnotes.memory.words.joined': ('memory/words.html#joined', 'memnotes/memory/words.py'),
+                                       'memnotes.memory.words.matched': ('memory/words.html#matched', 'memnotes/memory/words.py'),
+                                       'memnotes.memory.words.streams': ('memory/words.html#streams', 'memnotes/memory/words.py')}}}

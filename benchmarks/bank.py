@@ -4,7 +4,7 @@ Three tables in one file. 1. Eight rows, width 64, 32 neighbours, 128 questions 
 ≥ 2 × faster than KNNMemory at every size to 6,144 keys, at exact recall; write ≤ 5 µs a token. 2. One row of keys of a trained model among rival facts: read in ms a
 question at batch 1 and 64, median and 99th percentile, planted facts lost against exact search, write with insertion, training of the codebook counted. Asked: ≤ 0.3 ms
 and ≤ 0.5 % lost at 10⁶, growing ≤ 2 × per tenfold size; write ≤ 12 µs with insertion. 3. Own rows returned after each write into a store for 1,200.
-Peers: pip install -r requirements-index.txt; pip install --no-deps memorizing-transformers-pytorch einops einops-exts joblib filelock.
+Peers: pip install -r requirements-index.txt; pip install --no-deps memorizing-transformers-pytorch einops einops-exts joblib cloudpickle loky filelock.
 Run: python benchmarks/bank.py [threads]; writes benchmarks/bank.csv.
 """
 import csv, sys, tempfile, time

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor
-from .store import INDEXES, MemoryBank
+from .store import INDEXES, MemoryBank, top
 
 # %% ../../nbs/memory/51c_cluster.ipynb #c009
 class Cluster:
@@ -34,20 +34,22 @@ class Cluster:
         self.ids, self.places = (like.new_full((b, 0, self.cell), -1) for _ in range(2)) # write number and place in the bank, by slot
         self.fill, self.live = (like.new_zeros(b, 0) for _ in range(2)) # slots used; of them alive
         self.slots = like.new_zeros(b, 0) # cell*L + slot, by place in the bank
+        self.dead, self.used = self.centroids.new_zeros(b, 0, self.cell), 1 # -inf where nothing lives, else 0; cells in use have numbers below
         self._room(1)
 
     def _room(self, n:int):
         "At least n cells a row."
         more = max(n, 2*self.live.shape[1]) - self.live.shape[1] if n > self.live.shape[1] else 0
-        for name in ("keys", "ids", "places", "fill", "live", "centroids") if more else ():
+        for name in ("keys", "ids", "places", "fill", "live", "centroids", "dead") if more else ():
             x = getattr(self, name)
-            setattr(self, name, torch.cat([x, x.new_full((len(x), more, *x.shape[2:]), -1 if name == "ids" else 0)], 1))
+            setattr(self, name, torch.cat([x, x.new_full((len(x), more, *x.shape[2:]), dict(ids=-1, dead=-torch.inf).get(name, 0))], 1))
 
 # %% ../../nbs/memory/51c_cluster.ipynb #c010
 @patch
 def near(self:Cluster, x:Float[Tensor, "b n d"])->Float[Tensor, "b n c"]:
-    "Products with all centroids; -inf for cells where nothing lives."
-    return (x.to(self.centroids.dtype) @ self.centroids.mT).masked_fill_((self.live == 0)[:,None], -torch.inf)
+    "Products with the centroids in use; -inf for cells where nothing lives."
+    s, empty = x.to(self.centroids.dtype) @ self.centroids[:,:self.used].mT, self.live[:,:self.used] == 0
+    return s.masked_fill_(empty[:,None], -torch.inf) if empty.any() else s
 
 # %% ../../nbs/memory/51c_cluster.ipynb #c012
 @patch
@@ -65,13 +67,13 @@ def _file(self:Cluster, ids, places, keys):
             order = waiting.long().argsort(dim=-1, descending=True, stable=True)[:,:n]
             ids, places, waiting, row = (z.gather(1, order) for z in (ids, places, waiting, row))
             keys = keys.gather(1, order[:,:,None].expand(-1, -1, keys.shape[-1]))
-        cell = self.near(keys).argmax(-1).masked_fill(~waiting, self.live.shape[1])
+        cell = torch.cat([self.near(x).argmax(-1) for x in keys.split(256, 1)], 1).masked_fill(~waiting, self.live.shape[1])
         ranked, by = cell.sort(dim=-1, stable=True)
         rank = torch.empty_like(cell).scatter_(1, by, torch.arange(n, device=ids.device) - torch.searchsorted(ranked, ranked))
         slot = F.pad(self.fill, (0, 1)).gather(1, cell) + rank
         fits = waiting & (slot < self.cell)
         r, c, s, p = row[fits], cell[fits], slot[fits], places[fits]
-        self.keys[r,c,s], self.ids[r,c,s], self.places[r,c,s], self.slots[r,p] = keys[fits], ids[fits], p, c*self.cell + s
+        self.keys[r,c,s], self.ids[r,c,s], self.places[r,c,s], self.slots[r,p], self.dead[r,c,s] = keys[fits], ids[fits], p, c*self.cell + s, 0.
         for count in (self.fill, self.live): count.index_put_((r, c), torch.ones_like(r), accumulate=True)
         waiting = waiting & ~fits
         if waiting.any():
@@ -121,7 +123,9 @@ def _numbers(self:Cluster, row, cell, two):
     if (need := int((torch.bincount(row[two], minlength=len(free)) - free.sum(-1)).max())) > 0:
         self._room(self.live.shape[1] + need)
         free = F.pad(free, (0, self.live.shape[1] - free.shape[1]), value=True)
-    return (~free).long().argsort(dim=-1, stable=True)[row,nth.clamp(max=free.shape[1]-1)]
+    new = (~free).long().argsort(dim=-1, stable=True)[row,nth.clamp(max=free.shape[1]-1)]
+    self.used = max(self.used, int(new[two].max()) + 1 if two.any() else 0)
+    return new
 
 @patch
 def _place(self:Cluster, row, cell, x, ids, places, chosen):
@@ -130,6 +134,7 @@ def _place(self:Cluster, row, cell, x, ids, places, chosen):
     kept, x = slot < n[:,None], x.gather(1, order[:,:,None].expand_as(x))
     ids, places = ids.gather(1, order).masked_fill(~kept, -1), places.gather(1, order)
     self.keys[row,cell], self.ids[row,cell], self.places[row,cell] = x.to(self.keys.dtype), ids, places
+    self.dead[row,cell] = torch.zeros_like(x[:,:,0]).masked_fill(~kept, -torch.inf)
     self.fill[row,cell] = self.live[row,cell] = n
     self.centroids[row,cell] = unit((unit(x)*kept[:,:,None]).sum(1))
     self.slots[row[:,None].expand_as(ids)[kept],places[kept]] = ((cell*self.cell)[:,None] + slot)[kept]
@@ -139,20 +144,21 @@ def _place(self:Cluster, row, cell, x, ids, places, chosen):
 @torch.no_grad()
 def search(self:Cluster, queries:Float[Tensor, "b t d"], k:int, oldest:Int[Tensor, "b t"]|None=None):
     "Scores and ids, best first, of the k best in the probed cells; -inf and -1 where there are fewer than k."
-    b, n, L = len(queries), self.live.shape[1], self.cell
-    P, cells, names, out = min(self.probes, n), self.keys.flatten(0, 1), self.ids.flatten(0, 1), []
+    b, n, L, dtype = len(queries), self.live.shape[1], self.cell, self.centroids.dtype
+    P, cells, dead, names, out = min(self.probes, self.used), self.keys.flatten(0, 1).mT, self.dead.flatten(0, 1)[:,None], self.ids.flatten(), []
     row, step = torch.arange(b, device=queries.device)[:,None,None]*n, max(1, self.block//(b*P*L))
-    oldest = (torch.zeros_like(queries[:,:,0], dtype=torch.long) if oldest is None else oldest).clamp(min=0)
-    for q,since in zip(queries.split(step, 1), oldest.split(step, 1)):
-        at, order = (row + self.near(q).topk(P, -1).indices).flatten().sort()
+    for q,since in zip(queries.split(step, 1), [None]*queries.shape[1] if oldest is None else oldest.split(step, 1)):
+        chosen = row + self.near(q).topk(P, -1).indices
+        at, order = chosen.flatten().sort()
         which, counts = (x.tolist() for x in at.unique_consecutive(return_counts=True))
-        asking = q.to(cells.dtype).flatten(0, 1)[order//P]
+        asking = q.to(dtype).flatten(0, 1)[order//P]
         s = asking.new_empty(len(at), L)
-        for g,x,y in zip(which, asking.split(counts), s.split(counts)): torch.mm(x, cells[g].T, out=y)
-        back = order.argsort()
-        s, ids = s[back].view(b, -1, P*L).to(q.dtype), names[at[back]].view(b, -1, P*L)
-        best, o = s.masked_fill_(ids < since[:,:,None], -torch.inf).topk(min(k, P*L), -1)
-        out.append((F.pad(best, (0, k - best.shape[-1]), value=-torch.inf), F.pad(ids.gather(-1, o), (0, k - best.shape[-1]), value=-1)))
+        for g,x,y in zip(which, asking.split(counts), s.split(counts)): torch.addmm(dead[g], x, cells[g].to(dtype), out=y)
+        s = s[order.argsort()].view(b, -1, P*L)
+        if since is not None: s.masked_fill_(self.ids.flatten(0, 1)[chosen].flatten(2) < since[:,:,None], -torch.inf)
+        best, o = top(s, k)
+        ids = names[chosen.gather(-1, o//L)*L + o % L]
+        out.append((F.pad(best, (0, k - best.shape[-1]), value=-torch.inf).to(q.dtype), F.pad(ids, (0, k - best.shape[-1]), value=-1)))
     scores, ids = (torch.cat(x, 1) for x in zip(*out))
     return scores, ids.masked_fill(scores == -torch.inf, -1)
 
@@ -165,7 +171,7 @@ def delete(self:Cluster, ids:Int[Tensor, "b n"]):
     if not len(r): return
     at = self.slots[r,places[alive]]
     c = at//self.cell
-    self.ids[r,c,at % self.cell] = -1
+    self.ids[r,c,at % self.cell], self.dead[r,c,at % self.cell] = -1, -torch.inf
     touched = torch.zeros_like(self.live, dtype=torch.bool)
     touched[r,c] = True
     self.live[touched] = (self.ids[touched] >= 0).sum(-1)
@@ -184,6 +190,7 @@ def load(self:Cluster, tensors:dict[str, Tensor]):
     for name,x in tensors.items(): setattr(self, name, x.clone())
     alive, row = self.ids >= 0, torch.arange(len(self.ids), device=self.ids.device)[:,None,None].expand_as(self.ids)
     self.live, self.slots = alive.sum(-1), self.places.new_zeros(self.bank.keys.shape[:2])
+    self.dead, self.used = torch.zeros_like(alive, dtype=self.centroids.dtype).masked_fill(~alive, -torch.inf), max(1, int(((self.live > 0).any(0)*torch.arange(1, alive.shape[1]+1, device=alive.device)).max()))
     self.keys = self.bank.keys[row,self.places.clamp(max=self.bank.size-1)]*alive[...,None]
     self.slots[row[alive],self.places[alive]] = torch.arange(self.ids[0].numel(), device=self.ids.device).view(self.ids.shape[1:]).expand_as(self.ids)[alive]
 

@@ -7,6 +7,7 @@ __all__ = ['need', 'Engine', 'rows', 'Labelled', 'Faiss', 'client', 'Milvus']
 
 # %% ../../nbs/memory/51d_engines.ipynb #c004
 import importlib, math, os, tempfile, uuid, weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 import numpy as np
 import torch
@@ -22,17 +23,21 @@ def need(name:str): # the module
     try: return importlib.import_module(name)
     except ImportError as e: raise ImportError(f"index: this one needs {name}, which is not installed ({e}); run pip install -r requirements-index.txt") from e
 
-class Engine:
+class Engine(ABC):
     "An `Index` around an engine that only finds candidates: `insert`, `find` and `remove` for one row of the batch, in numpy."
     def __init__(self, bank:MemoryBank,
         more:int=1, # candidates fetched for each one wanted
     ):
         if isinstance(more, bool) or not isinstance(more, int) or more < 1: raise ValueError(f"more: expected an integer of at least 1; got {more!r}")
         self.bank, self.more = bank, more
-    def insert(self, row:int, ids:np.ndarray, keys:np.ndarray)->None: raise NotImplementedError
-    def find(self, row:int, queries:np.ndarray, n:int)->np.ndarray: raise NotImplementedError # (t, any) ids, -1 for none
-    def remove(self, row:int, ids:np.ndarray)->None: raise NotImplementedError
-    def reset(self)->None: raise NotImplementedError
+    @abstractmethod
+    def insert(self, row:int, ids:np.ndarray, keys:np.ndarray)->None: "New entries of one row, ids (n,), keys float32 (n, d)."
+    @abstractmethod
+    def find(self, row:int, queries:np.ndarray, n:int)->np.ndarray: "Ids (t, any) of about n candidates a query, -1 for none, in any order."
+    @abstractmethod
+    def remove(self, row:int, ids:np.ndarray)->None: "Forget entries of one row; all of them are alive."
+    @abstractmethod
+    def reset(self)->None: "Forget everything."
     def save(self)->dict[str, Tensor]: return {} # engines are filled again from the bank's keys
     def load(self, tensors:dict[str, Tensor]):
         "Filled afresh from the bank's live keys."
@@ -64,8 +69,8 @@ def search(self:Engine, queries:Float[Tensor, "b t d"], k:int, oldest:Int[Tensor
     "Candidates of the engine, the dead dropped, in the order of the bank's own products; -inf and -1 where there are fewer than k."
     bank, (b,t,d) = self.bank, queries.shape
     since = torch.zeros_like(queries[:,:,0], dtype=torch.long) if oldest is None else oldest.clamp(min=0)
-    first = bank.ids.masked_fill(bank.ids < 0, torch.iinfo(torch.long).max).amin() if bank.size else since.max()
-    n = min(bank.size, self.more*k + max(0, int(since.max() - first))) # those that are too old may come, too
+    n = min(bank.size, self.more*k)
+    if oldest is not None and bank.size: n = min(bank.size, n + max(0, int(since.max() - bank.ids.masked_fill(bank.ids < 0, torch.iinfo(torch.long).max).amin()))) # the too old may come, too
     if not bank.size: return queries.new_full((b, t, k), -torch.inf), since.new_full((b, t, k), -1)
     found = [torch.from_numpy(np.ascontiguousarray(self.find(r, q.float().cpu().numpy(), n))).to(since) for r,q in enumerate(queries)]
     wide = max(k, *(f.shape[-1] for f in found))
@@ -130,9 +135,9 @@ def file(self:Faiss, x:np.ndarray):
     (n, d), bytes = x.shape, max(m for m in range(1, max(1, x.shape[1]//4) + 1) if x.shape[1] % m == 0)
     cells = max(1, min(int(4*math.sqrt(n)), n//39))
     new = self.faiss.index_factory(d, f"IVF{cells},PQ{bytes}" if self.quantised and n >= 256 else f"IVF{cells},Flat", self.faiss.METRIC_INNER_PRODUCT)
-    new.cp.min_points_per_centroid = 1 # no warnings: the sample is what there is
+    new.cp.min_points_per_centroid, new.cp.niter = 1, 4 # no warnings: the sample is what there is
     if hasattr(new, "pq"): new.pq.cp.min_points_per_centroid, new.pq.cp.max_points_per_centroid, new.pq.cp.niter = 1, 32, 8 # the candidates are scored again
-    new.train(x[::max(1, n//(64*cells))] if n else np.zeros((1, d), np.float32))
+    new.train(x[::max(1, n//(40*cells))] if n else np.zeros((1, d), np.float32))
     return new
 
 # %% ../../nbs/memory/51d_engines.ipynb #c016

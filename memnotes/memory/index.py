@@ -37,6 +37,6 @@ def products(
     queries:Float[Tensor, "b t d"],
 )->float: # a query
     "Products that a search computes: one a living centroid, one a living entry of the probed cells."
-    cells = index.near(queries).topk(min(index.probes, index.live.shape[1]), -1).indices
+    cells = index.near(queries).topk(min(index.probes, index.used), -1).indices
     inside = index.live.gather(1, cells.flatten(1)).double().sum()
     return ((index.live > 0).sum(-1).double().mean() + inside/(queries.shape[0]*queries.shape[1])).item()

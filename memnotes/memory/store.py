@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPE', 'load_bank', 'Remembered', 'BankLearner', 'collision_law', 'FIELDS', 'INDEXES', 'Exact', 'Index',
-           'MemoryBank', 'Read', 'hash_rows', 'mapped']
+           'MemoryBank', 'Read', 'hash_rows', 'mapped', 'top']
 
 # %% ../../nbs/memory/50a_store.ipynb #c004
 import hashlib, json, os
@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from ..core.learner import Learner
 from ..core.sequence import State
-from .ring import FIELDS, INDEXES, Exact, Index, MemoryBank, Read, hash_rows, mapped
+from .ring import FIELDS, INDEXES, Exact, Index, MemoryBank, Read, hash_rows, mapped, top
 
-_all_ = ["FIELDS", "INDEXES", "Exact", "Index", "MemoryBank", "Read", "hash_rows", "mapped"]
+_all_ = ["FIELDS", "INDEXES", "Exact", "Index", "MemoryBank", "Read", "hash_rows", "mapped", "top"]
 
 # %% ../../nbs/memory/50a_store.ipynb #c009
 def _copy(bank, f): # a bank that looks the same, its tensors passed through f

@@ -7,7 +7,6 @@ __all__ = ['need', 'Engine', 'rows', 'Labelled', 'Faiss', 'client', 'Milvus']
 
 # %% ../../nbs/memory/51d_engines.ipynb #c004
 import importlib, math, os, tempfile, uuid, weakref
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 import numpy as np
 import torch
@@ -23,21 +22,17 @@ def need(name:str): # the module
     try: return importlib.import_module(name)
     except ImportError as e: raise ImportError(f"index: this one needs {name}, which is not installed ({e}); run pip install -r requirements-index.txt") from e
 
-class Engine(ABC):
-    "An `Index` around an engine that only finds candidates: `insert`, `find` and `remove` for one row of the batch, in numpy."
+class Engine:
+    "An `Index` around an engine that only finds candidates; what an engine must bring works on one row of the batch, in numpy."
+    insert:Callable # (row, ids (n,), keys float32 (n, d)): new entries
+    find:Callable # (row, queries float32 (t, d), n) → ids (t, any) of about n candidates each, -1 for none
+    remove:Callable # (row, ids (n,)): forget entries, all of them alive
+    reset:Callable # (): forget everything
     def __init__(self, bank:MemoryBank,
         more:int=1, # candidates fetched for each one wanted
     ):
         if isinstance(more, bool) or not isinstance(more, int) or more < 1: raise ValueError(f"more: expected an integer of at least 1; got {more!r}")
         self.bank, self.more = bank, more
-    @abstractmethod
-    def insert(self, row:int, ids:np.ndarray, keys:np.ndarray)->None: "New entries of one row, ids (n,), keys float32 (n, d)."
-    @abstractmethod
-    def find(self, row:int, queries:np.ndarray, n:int)->np.ndarray: "Ids (t, any) of about n candidates a query, -1 for none, in any order."
-    @abstractmethod
-    def remove(self, row:int, ids:np.ndarray)->None: "Forget entries of one row; all of them are alive."
-    @abstractmethod
-    def reset(self)->None: "Forget everything."
     def save(self)->dict[str, Tensor]: return {} # engines are filled again from the bank's keys
     def load(self, tensors:dict[str, Tensor]):
         "Filled afresh from the bank's live keys."

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from memnotes.core.learner import Schedule, evaluate, fit, quiet
@@ -15,7 +15,7 @@ from memnotes.core.tasks import AssociativeRecall, Brackets
 from memnotes.memory.attach import attach
 from memnotes.memory.bank import GATES, KEYINGS, BankAttention, BankLearner, BankTransformer, MemoryBank, Remembered
 from memnotes.memory.index import INDEXES, Cluster, Faiss
-from memnotes.memory.store import hash_rows, mapped
+from memnotes.memory.store import hash_rows, mapped, top
 
 LONG = os.environ.get("LONG") == "1"
 D, V = 3, 2
@@ -217,6 +217,17 @@ def test_k_beyond_what_is_there_is_marked():
     bank.write(unit(2, 2, 8), unit(2, 2, 4))
     r = bank.read(unit(2, 3, 8), 5)
     assert r.valid.sum(-1).eq(2).all() and (r.scores[~r.valid] == -math.inf).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(n=st.integers(1, 700), k=st.integers(1, 40), values=st.sampled_from([3, 10**6]), seed=st.integers(0, 99))
+def test_top_is_topk(n, k, values, seed):
+    "Also among ties, and where most is -inf."
+    s = torch.randint(values, (2, 3, n), generator=torch.Generator().manual_seed(seed)).float()
+    s[s < values//3] = -math.inf
+    best, at = top(s, k)
+    assert torch.equal(best, s.topk(min(k, n), -1).values) and torch.equal(s.gather(-1, at), best)
+    assert all(len(row.unique()) == len(row) for row in at.flatten(0, 1))
 
 
 def test_full_disk_while_growing_loses_nothing(tmp_path):

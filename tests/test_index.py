@@ -30,6 +30,14 @@ def lived(index, evict="fifo", rounds=7, **kwargs):
 
 # -- every index behind a bank
 
+@pytest.mark.parametrize("index", ["exact", *ALL])
+def test_no_query_finds_nothing(index):
+    for bank in (MemoryBank(6, 2, 100, batch=2, index=index), lived(index)):
+        r = bank.read(torch.zeros(2, 0, 6), 3)
+        assert r.values.shape == (2, 0, 3, 2) and r.scores.shape == r.ids.shape == r.valid.shape == (2, 0, 3)
+
+
+
 @every_index
 @pytest.mark.parametrize("evict, dtype", [("fifo", torch.float32), ("lru", torch.float32), ("fifo", torch.float64)])
 def test_answers_as_an_exhaustive_search_does(index, evict, dtype):

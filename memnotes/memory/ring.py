@@ -31,7 +31,7 @@ class Index(Protocol):
 
 INDEXES:dict[str, Callable[[Any], Index]] = {} # name → make(bank)
 
-# %% ../../nbs/memory/50d_ring.ipynb #c011
+# %% ../../nbs/memory/50d_ring.ipynb #c901
 def top(
     s:Float[Tensor, "... n"],
     k:int, # how many
@@ -46,6 +46,7 @@ def top(
     best, order = s.gather(-1, at).topk(k, -1)
     return best, at.gather(-1, order)
 
+# %% ../../nbs/memory/50d_ring.ipynb #c904
 class Exact:
     "Exhaustive search in blocks: one matrix product and one top-k a block, in the queries' precision; ties in no particular order."
     block, rows = 1<<22, 1<<16 # scores held at once; keys converted at once
@@ -278,7 +279,7 @@ def read(self:MemoryBank,
     _positive(k=k)
     if k > self.capacity: raise ValueError(f"k: expected at most capacity={self.capacity}; got {k}")
     found = _checked(self, "queries", queries, self.d_key)
-    with torch.no_grad(): scores, ids = self.index.search(found, k, oldest)
+    with torch.no_grad(): scores, ids = self.index.search(found, k, oldest) if found.shape[1] else (found.new_zeros(self.batch, 0, k), self.ids.new_zeros(self.batch, 0, k))
     at, alive = (x.view_as(ids) for x in self.locate(ids.flatten(1)))
     if not self.frozen:
         self.reads += 1

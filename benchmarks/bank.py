@@ -110,7 +110,7 @@ def large(model):
         keys = F.pad(asks(model, facts.flatten()), (0, 0, 1, -1))
         at = torch.randperm(len(facts))[:1024]
         q, want, exact = asks(model, facts[at].flatten())[:,1::3], 3*at + 2, None
-        ways = {"exact, float32": ("exact", [None]), "exact, bfloat16": ("exact", [None]), "cells": (Cluster, [16, 32, 64]), "faiss IVF": (Faiss, [8, 32])}
+        ways = {"exact, float32": ("exact", [None]), "exact, bfloat16": ("exact", [None]), "cells": (Cluster, [32, 64, 128]), "faiss IVF": (Faiss, [8, 16, 32])}
         for name,(index,probes) in ways.items():
             try:
                 bank = MemoryBank(D, 1, size, index=index, dtype=torch.bfloat16 if "bfloat16" in name else torch.float32)

@@ -130,10 +130,10 @@ def file(self:Faiss, x:np.ndarray):
     (n, d), bytes = x.shape, max(m for m in range(1, max(1, x.shape[1]//4) + 1) if x.shape[1] % m == 0)
     cells = max(1, min(int(4*math.sqrt(n)), n//39))
     new = self.faiss.index_factory(d, f"IVF{cells},PQ{bytes}" if self.quantised and n >= 256 else f"IVF{cells},Flat", self.faiss.METRIC_INNER_PRODUCT)
-    new.cp.min_points_per_centroid, new.cp.niter = 1, 4 # no warnings: the sample is what there is
+    new.cp.min_points_per_centroid = 1 # no warnings: the sample is what there is
     if hasattr(new, "pq"): new.do_polysemous_training = False # minutes of annealing, for a kind of search that is not used here
     if hasattr(new, "pq"): new.pq.cp.min_points_per_centroid, new.pq.cp.max_points_per_centroid, new.pq.cp.niter = 1, 32, 8 # the candidates are scored again
-    new.train(x[::max(1, n//(40*cells))] if n else np.zeros((1, d), np.float32))
+    new.train(x[::max(1, n//(64*cells))] if n else np.zeros((1, d), np.float32))
     return new
 
 # %% ../../nbs/memory/51d_engines.ipynb #c016

@@ -168,7 +168,7 @@ class Dense:
 
     def carry(self, end, inputs, phi, before): # one backward pass from every unit
         eye = torch.eye(end.shape[1], dtype=end.dtype, device=end.device)[:,None].expand(-1, *end.shape)
-        A, *H, J = torch.autograd.grad(end, inputs, eye, is_grads_batched=True, retain_graph=True)
+        A, *H, J = torch.vmap(lambda e: torch.autograd.grad(end, inputs, e, retain_graph=True))(eye)
         new = [(A.permute(1, 0, 3, 2).flatten(1, 2)@x).unflatten(1, (len(eye), -1)) for A,x in ((A, phi), (torch.stack(H, 2), before))]
         if self.P is None: return tuple(new)
         return tuple(torch.baddbmm(I.flatten(2), J.transpose(0, 1), P.flatten(2)).view_as(P) for P,I in zip(self.P, new))

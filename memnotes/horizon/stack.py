@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from ..core.cells import GRU, LRU, LSTM, MinGRU
-from ..core.sequence import Attention
+from ..core.sequence import Attention, check_tokens
 from .forms import LinearAttention
 
 # %% ../../nbs/horizon/40d_stack.ipynb #25c2f2ca
@@ -160,20 +160,28 @@ MIXERS = {GRU: _gru, LSTM: _lstm, LRU: _lru, MinGRU: _mingru, Attention: _attend
 class Stack:
     "k one-block models of one kind trained in one computation, a row of `theta` each, asked for their answer at the last position."
     def __init__(self,
-        models:Sequence[nn.Module], # `SequenceModel`s of one block without a channel, alike but for their weights; mixers: those in MIXERS, attention without rope
+        models:Sequence[nn.Module], # `SequenceModel`s, alike but for their weights: one block without a channel, LayerNorm, an untied head; mixers: those in MIXERS
         dtype:torch.dtype=torch.float32, # of weights and computation
         device=None, # None: where the first model is
     ):
+        if not models: raise ValueError("models: expected at least one")
         self.mixer = mixer = models[0].blocks[0].mixer # type: ignore[index, union-attr, assignment]
         if {type(m.blocks[0].mixer) for m in models} != {type(mixer)}: raise ValueError(f"models: expected one kind of mixer; got {', '.join(sorted({type(m.blocks[0].mixer).__name__ for m in models}))}") # type: ignore[index, union-attr]
         if type(mixer) not in MIXERS: raise ValueError(f"models: expected one of {', '.join(c.__name__ for c in MIXERS)} as the mixer; got {type(mixer).__name__}")
         if len(models[0].blocks) != 1 or models[0].blocks[0].channel is not None: raise ValueError(f"models: expected one block without a channel; got {len(models[0].blocks)} of them{', with a channel' if models[0].blocks[0].channel is not None else ''}") # type: ignore[arg-type, index, union-attr]
-        odd = getattr(mixer, "positions", None) == "rope" or getattr(mixer, "stretch", 0) or getattr(mixer, "window", None) or getattr(mixer, "n_kv_heads", 0) != getattr(mixer, "n_heads", 0)
-        if odd and not isinstance(mixer, LinearAttention): raise ValueError("models: attention with rope, a window or shared heads and a stretched gate have no stacked form; train them one at a time")
         state = torch.func.stack_module_state(list(models))[0]
         self.shapes = {n.removeprefix("blocks.0.").removeprefix("mixer."): p.shape[1:] for n,p in state.items()}
         self.theta = torch.cat([p.detach().flatten(1) for p in state.values()], 1).to(device or models[0].embed.weight.device, dtype) # type: ignore[union-attr, arg-type]
         self.mean, self.square, self.updates = torch.zeros_like(self.theta), torch.zeros_like(self.theta), torch.zeros(len(models), dtype=torch.long, device=self.theta.device)
+        if not self._answers_as(models[0]): raise ValueError("models: the first of them answers otherwise than a stack would, which knows LayerNorm, an untied head, plain gates and attention over "
+            "everything without rope or shared heads, and no biases or dropout beside them; train this kind one at a time")
+
+    @torch.no_grad()
+    def _answers_as(self, model):
+        if "head.weight" not in self.shapes or getattr(self.mixer, "window", None) or {"norm1.bias", "norm.bias", "key.bias", "value.bias"} & set(self.shapes): return False
+        tokens = torch.arange(40, device=self.theta.device)[None,None,:model.max_len] % model.vocab
+        want = model(tokens[0].to(model.embed.weight.device))[0][:,-1]
+        return bool(torch.allclose(self(tokens, theta=self.theta[:1])[0], want.to(self.theta), rtol=1e-2, atol=1e-3*want.abs().max().item()))
 
     def weights(self, theta:Float[Tensor, "k p"]|None=None)->dict[str, Tensor]:
         "Every parameter by name, (k, *shape): views of `theta`."
@@ -187,8 +195,9 @@ def __call__(self:Stack,
     window:int|Sequence[int|None]|None=None, # last positions the gradient runs through, one for all or one for each; None: all of them
     theta:Float[Tensor, "k p"]|None=None, # None: the members' own
 )->Float[Tensor, "k b v"]:
-    "Logits at the last position. ValueError: window below 1, as many batches or windows as rows expected."
+    "Logits at the last position. ValueError: token out of range, empty text, window below 1, other than one batch and one window a row."
     p, T = self.weights(theta), tokens.shape[-1]
+    check_tokens(tokens.flatten(0, 1), p["embed.weight"].shape[1])
     windows = list(window) if isinstance(window, Sequence) else [window]*len(tokens)
     if len(tokens) != len(p["embed.weight"]) or len(windows) != len(tokens): raise ValueError(f"tokens, window: expected one batch and one window for each of {len(p['embed.weight'])} models; got {len(tokens)} and {len(windows)}")
     if any(w is not None and w < 1 for w in windows): raise ValueError(f"window: expected at least 1 position, or None for all; got {min(w for w in windows if w is not None)}")
@@ -221,6 +230,7 @@ def step(self:Stack,
 )->list[float]: # share of right answers before the update
     "One update of Adam (β .9, .999), each member's gradient clipped to norm 1."
     k = list(range(len(self.theta))) if members is None else list(members)
+    if len(lr) != len(k): raise ValueError(f"lr: expected a rate for each of {len(k)} members; got {len(lr)}")
     g, z = self.gradient(tokens, targets, window, k)
     g = g/(g.norm(dim=1, keepdim=True) + 1e-6).clamp_min(1)
     self.updates[k] += 1

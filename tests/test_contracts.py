@@ -12,6 +12,8 @@ from memnotes.core.cells import CELLS, GRU, LSTM, RNN, MinGRU, Recurrent
 from memnotes.core.sequence import (Attention, Block, MLP, SequenceModel, SwiGLU, Transformer,
                                     detach, generate, is_store, leaves, nbytes, select)
 from memnotes.horizon.forms import FEATURE_MAPS, DeltaRule, GatedLinearAttention, LinearAttention
+from memnotes.horizon.linear_attention import Shift
+from memnotes.horizon.units import RateRNN
 from memnotes.inside.all_attention import AllAttention, PersistentAttention
 from memnotes.memory.far_recall import KeyedMemory, ShortConv
 
@@ -33,6 +35,9 @@ MIXERS = { # name -> mixer of width D
     "lstm-chrono": lambda: LSTM(D, chrono=50),
     "mingru-tanh": lambda: MinGRU(D, candidate="tanh", chrono=50),
     "mingru-stretched": lambda: MinGRU(D, stretch=1e-3),
+    "rate-rnn": lambda: RateRNN(D),
+    "rate-rnn-sparse": lambda: RateRNN(D, 6, degree=2, leak=.5),
+    "shift": lambda: Shift(D),
     "relative": lambda: CausalRelativeAttention(D, 3),
     "relative-prefix": lambda: CausalRelativeAttention(D, 2, prefix=3, bias=False),
     "hopfield": lambda: CausalHopfield(D, 2),
@@ -177,9 +182,11 @@ def test_mixer_state(name):
 
 
 @every_mixer
-def test_mixer_gradcheck(name):
-    f, x = mixer(name), inputs(2, 4).requires_grad_()
-    _, before = f(inputs(2, 3, seed=3))
+@settings(max_examples=6 if LONG else 2, deadline=None, derandomize=True)
+@given(b=st.integers(1, 3), t=st.integers(1, 6), before=st.integers(1, 5))
+def test_mixer_gradcheck(name, b, t, before):
+    f, x = mixer(name), inputs(b, t).requires_grad_()
+    _, before = f(inputs(b, before, seed=3))
     parameters = dict(f.named_parameters())
     def call(x, *values):
         y, state = torch.func.functional_call(f, dict(zip(parameters, values)), (x, detach(before)))

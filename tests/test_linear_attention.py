@@ -42,13 +42,24 @@ def test_three_forms_are_one_function(kind, t, batch, chunk, carried):
         for got, want in zip(out[form], out["recurrent"]): assert got.shape == want.shape and apart(got, want) <= 1e-10
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 5])
-def test_gradcheck_of_the_chunked_rules(chunk):
-    q, k, v, S = (normal(*s, seed=i).requires_grad_() for i,s in enumerate([(1, 2, 5, 3), (1, 2, 5, 3), (1, 2, 5, 2), (1, 2, 3, 2)]))
-    g, beta = -normal(1, 2, 5, 3).abs().requires_grad_(), normal(1, 2, 5, 1).sigmoid().requires_grad_()
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(t=st.integers(1, 7), chunk=st.integers(1, 9), batch=st.integers(1, 2), heads=st.integers(1, 2), f=st.integers(1, 3), e=st.integers(1, 3))
+def test_gradcheck_of_the_chunked_rules(t, chunk, batch, heads, f, e):
+    q, k, v, S = (normal(batch, heads, *s, seed=i).requires_grad_() for i,s in enumerate([(t, f), (t, f), (t, e), (f, e)]))
+    g, beta = -normal(batch, heads, t, f, seed=4).abs().requires_grad_(), normal(batch, heads, t, 1, seed=5).sigmoid().requires_grad_()
     assert torch.autograd.gradcheck(lambda *a: chunked(*a, size=chunk), (q, k, v, S))
     assert torch.autograd.gradcheck(lambda *a: chunked(*a, size=chunk), (q, k, v, S, g))
     assert torch.autograd.gradcheck(lambda *a: delta_chunked(*a, size=chunk), (q, k, v, S, beta))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=3, deadline=None, derandomize=True)
+@given(t=st.integers(1, 5), chunk=st.integers(1, 6), batch=st.integers(1, 2))
+def test_gradcheck_of_the_mixers(kind, t, chunk, batch):
+    torch.manual_seed(0)
+    m = KINDS[kind](chunk=chunk).double()
+    names, x = dict(m.named_parameters()), normal(batch, t, D, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, *p: torch.func.functional_call(m, dict(zip(names, p)), (x,)), (x, *(p.detach().clone().requires_grad_() for p in names.values())), fast_mode=True)
 
 
 def test_a_gate_that_forgets_all_it_may_stays_finite_in_float32():

@@ -37,19 +37,19 @@ def apart(g, ref): return max((g[k] - r).abs().max() for k,r in ref.items()).ite
 
 
 @settings(max_examples=120 if LONG else 24, deadline=None)
-@given(name=st.sampled_from(sorted(CELLS)), t=st.integers(1, 40), window=st.sampled_from([1, 7, 64, None]), rows=st.integers(1, 3), seed=st.integers(0, 99),
-    channel=st.sampled_from([None, "mlp"]), tied=st.booleans())
-def test_fast_is_bptt(name, t, window, rows, seed, channel, tied):
-    m, (x, y, k) = model(name, seed=seed, channel=channel, tied=tied), text(rows, t, seed)
+@given(name=st.sampled_from(sorted(CELLS)), t=st.integers(1, 40), window=st.one_of(st.sampled_from([1, 7, 64, None]), st.integers(1, 50)), rows=st.integers(1, 3), d=st.integers(2, 7), n=st.integers(1, 6),
+    seed=st.integers(0, 99), channel=st.sampled_from([None, "mlp"]), tied=st.booleans())
+def test_fast_is_bptt(name, t, window, rows, d, n, seed, channel, tied):
+    m, (x, y, k) = model(name, seed=seed, d=d, n=n, channel=channel, tied=tied), text(rows, t, seed)
     g = rtrl_gradient(m, x, y, window or t, k)
     assert list(g) == [n for n,_ in m.named_parameters()]
     assert apart(g, bptt_gradient(m, x, y, k)) <= 1e-10
 
 
 @settings(max_examples=60 if LONG else 8, deadline=None)
-@given(name=st.sampled_from(sorted(CELLS)), layers=st.integers(1, 2), t=st.integers(1, 13), window=st.sampled_from([1, 7, 64]), rows=st.integers(1, 2), seed=st.integers(0, 99))
-def test_generic_is_bptt(name, layers, t, window, rows, seed):
-    m, (x, y, k) = model(name, layers, seed), text(rows, t, seed)
+@given(name=st.sampled_from(sorted(CELLS)), layers=st.integers(1, 2), t=st.integers(1, 13), window=st.integers(1, 15), rows=st.integers(1, 2), n=st.integers(1, 5), seed=st.integers(0, 99))
+def test_generic_is_bptt(name, layers, t, window, rows, n, seed):
+    m, (x, y, k) = model(name, layers, seed, n=n), text(rows, t, seed)
     assert apart(rtrl_gradient(m, x, y, window, k, "generic"), bptt_gradient(m, x, y, k)) <= 1e-10
 
 

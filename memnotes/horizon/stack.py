@@ -118,6 +118,7 @@ def _lru(p, words, y, tokens, reach, mixer):
         h_re, h_im = h_re + re*f_re - im*f_im, h_im + re*f_im + im*f_re
     return h_re @ p["C_re"].mT - h_im @ p["C_im"].mT + p["D"][:,None]*y
 
+# %% ../../nbs/horizon/40d_stack.ipynb #51b0c7aa
 def _mingru(p, words, y, tokens, reach, mixer):
     gate, seen, (_, near, cut) = _linear(p, "gate", words), _once(tokens, p), _parts(tokens, reach)
     candidate, keep, later = _linear(p, "candidate", words), F.logsigmoid(-gate)[:,None], seen.flip(2).cumsum(2).flip(2) - seen
@@ -158,7 +159,7 @@ MIXERS = {GRU: _gru, LSTM: _lstm, LRU: _lru, MinGRU: _mingru, Attention: _attend
 
 # %% ../../nbs/horizon/40d_stack.ipynb #734fc114
 class Stack:
-    "k one-block models of one kind trained in one computation, a row of `theta` each, asked for their answer at the last position."
+    "k one-block models of one kind trained in one computation, a row of `theta` each, asked for their answer at the last position. ValueError: a kind, norm, head, bias or attention without a stacked form."
     def __init__(self,
         models:Sequence[nn.Module], # `SequenceModel`s, alike but for their weights: one block without a channel, LayerNorm, an untied head; mixers: those in MIXERS
         dtype:torch.dtype=torch.float32, # of weights and computation
@@ -178,19 +179,19 @@ class Stack:
 
     @torch.no_grad()
     def _answers_as(self, model):
-        m = self.mixer
         if "head.weight" not in self.shapes or {"norm1.bias", "norm.bias", "key.bias", "value.bias"} & set(self.shapes): return False
-        if isinstance(m, Attention) and (m.positions == "rope" or m.window or m.n_kv_heads != m.n_heads): return False
+        if isinstance(m := self.mixer, Attention) and (m.positions == "rope" or m.window or m.n_kv_heads != m.n_heads): return False
         tokens = torch.arange(40, device=self.theta.device)[None,None,:model.max_len] % model.vocab
         want = model(tokens[0].to(model.embed.weight.device))[0][:,-1]
         return bool(torch.allclose(self(tokens, theta=self.theta[:1])[0], want.to(self.theta), rtol=1e-2, atol=1e-3*want.abs().max().item()))
 
-    def weights(self, theta:Float[Tensor, "k p"]|None=None)->dict[str, Tensor]:
-        "Every parameter by name, (k, *shape): views of `theta`."
-        theta = self.theta if theta is None else theta
-        return {n: v.unflatten(1, s) for (n,s),v in zip(self.shapes.items(), theta.split([s.numel() for s in self.shapes.values()], 1))}
-
 # %% ../../nbs/horizon/40d_stack.ipynb #f1457fc4
+@patch
+def weights(self:Stack, theta:Float[Tensor, "k p"]|None=None)->dict[str, Tensor]:
+    "Every parameter by name, (k, *shape): views of `theta`."
+    theta = self.theta if theta is None else theta
+    return {n: v.unflatten(1, s) for (n,s),v in zip(self.shapes.items(), theta.split([s.numel() for s in self.shapes.values()], 1))}
+
 @patch
 def __call__(self:Stack,
     tokens:Int[Tensor, "k b t"], # a batch for each row of theta
@@ -209,6 +210,7 @@ def __call__(self:Stack,
     y, words = (_norm(v, p["norm1.weight"]) for v in (x, p["embed.weight"]))
     return _norm(x + MIXERS[type(self.mixer)](p, words, y, tokens, reach, self.mixer), p["norm.weight"]) @ p["head.weight"].mT
 
+# %% ../../nbs/horizon/40d_stack.ipynb #9f3c1a7e
 @patch
 def gradient(self:Stack,
     tokens:Int[Tensor, "k b t"],

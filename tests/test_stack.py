@@ -21,7 +21,7 @@ def attending(positions, linear=False, **kw):
 def recurrent(cell, **kw): return Recurrent(cell, V, D, 1, 5, tied=False, **kw)
 
 
-KINDS = {"gru": lambda: recurrent(GRU), "lstm": lambda: recurrent(LSTM), "lru": lambda: recurrent(LRU), "mingru": lambda: recurrent(MinGRU), "mingru-tanh": lambda: recurrent(lambda d, n: MinGRU(d, n, 20, "tanh")),
+KINDS = {"gru": lambda: recurrent(GRU), "gru-wide": lambda: Recurrent(GRU, V, D, tied=False), "mingru-wide": lambda: Recurrent(MinGRU, V, D, tied=False), "lstm": lambda: recurrent(LSTM), "lru": lambda: recurrent(LRU), "mingru": lambda: recurrent(MinGRU), "mingru-tanh": lambda: recurrent(lambda d, n: MinGRU(d, n, 20, "tanh")),
     "attention": lambda: attending("none"), "attention-learned": lambda: attending("learned"), "linear": lambda: attending("none", True), "linear-learned": lambda: attending("learned", True)}
 
 

@@ -84,7 +84,8 @@ class LSTMScan(torch.autograd.Function): # the same for LSTMs; table and U in th
         return dtable.view_as(table), dU, None, None
 
 # %% ../../nbs/horizon/40d_stack.ipynb #05b7369f
-def _linear(p, name, x): return x @ p[f"{name}.weight"].mT + (p[f"{name}.bias"][:,None] if f"{name}.bias" in p else 0)
+def _linear(p, name, x): # a cell as wide as its model has no output map
+    return x @ p[f"{name}.weight"].mT + (p[f"{name}.bias"][:,None] if f"{name}.bias" in p else 0) if f"{name}.weight" in p else x
 def _gru(p, words, y, tokens, reach, mixer):
     n = mixer.d_hidden
     (x, x_c), (b, b_c) = ((v[...,:-n], v[...,-n:]) for v in (words @ p["rnn.weight_ih_l0"].mT + p["rnn.bias_ih_l0"][:,None], p["rnn.bias_hh_l0"][:,None]))

@@ -41,7 +41,7 @@ def test_committed_figures_are_what_was_recorded(record):
     assert {"wall_s", "peak_rss_mib"} <= set(run["measured"])
 
 def test_all_figures_together_are_small():
-    assert sum(p.stat().st_size for p in (root/"figures").rglob("*") if p.is_file()) <= 25 * 2**20
+    assert sum(p.stat().st_size for p in (root/"figures").rglob("*") if p.is_file()) <= 30 * 2**20 # some 80 chapters of a third of a MiB
 
 def test_only_quick_and_full_are_committed():
     assert {p.parent.relative_to(root/"figures").parts[0] for p in records} <= {"quick", "full"}

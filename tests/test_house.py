@@ -1,5 +1,5 @@
 "The walls of the house: imports run one way, notebooks stay small and clean, the package imports quickly, README's commands exist."
-import ast, json, re, subprocess, sys
+import ast, builtins, dis, importlib.util, json, re, subprocess, sys, types
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -26,6 +26,14 @@ def imported(path):
             full = ".".join(filter(None, [base, node.module or ""]))
             if full.split(".")[0] == "memnotes": yield full if full.count(".") >= 2 else f"{full}.{node.names[0].name}"
 
+def unknown_globals(module):
+    "Names that a module's functions look up and that neither the module nor Python has: an import left in a notebook's own cells."
+    code = [c for c in compile(Path(module.__file__).read_text(encoding="utf-8"), module.__file__, "exec").co_consts if isinstance(c, types.CodeType)]
+    while code:
+        here = code.pop()
+        code += [c for c in here.co_consts if isinstance(c, types.CodeType)]
+        yield from (i.argval for i in dis.get_instructions(here) if i.opname == "LOAD_GLOBAL" and not hasattr(module, i.argval) and not hasattr(builtins, i.argval))
+
 def may_import(part, module, other):
     "DESIGN: core ← the five parts; core.sources ← lab; memory may use horizon."
     if other.startswith("memnotes._modidx") or part == other: return True
@@ -38,6 +46,16 @@ def test_imports_run_one_way(path):
     part = path.relative_to(root/"memnotes").parts[0]
     wrong = [m for m in imported(path) if not may_import(part, m, m.split(".")[1])]
     assert not wrong, f"{name(path)} imports {wrong}"
+
+@pytest.mark.parametrize("path", modules, ids=name)
+def test_functions_find_every_name_they_use(path):
+    assert not set(unknown_globals(importlib.import_module(".".join(path.relative_to(root).with_suffix("").parts))))
+
+def test_a_missing_import_is_found(tmp_path):
+    (tmp_path/"m.py").write_text("def f(x): return [missing(y) for y in x]", encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("m", tmp_path/"m.py")
+    spec.loader.exec_module(m := importlib.util.module_from_spec(spec))
+    assert set(unknown_globals(m)) == {"missing"}
 
 def test_the_import_rule_can_fail(tmp_path):
     assert not may_import("core", "memnotes.lab.experiment", "lab")

@@ -188,3 +188,10 @@ def test_parallel_and_recurrent_refuse_nothing_that_one_step_allows():
     q, S = normal(1, 1, 3), normal(1, 3, 2)
     v = normal(1, 1, 2)
     assert apart(parallel(q, q, v, S)[0], recurrent(q, q, v, S)[0]) < 1e-12
+
+
+def test_the_delta_rule_stores_orthogonal_keys_exactly_and_overwrites_a_key():
+    keys, values = torch.eye(6, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    assert apart(keys @ store(keys, values, "delta"), values) < 1e-12
+    twice = store(torch.cat([keys, keys[:1]]), torch.cat([values, -values[:1]]), "delta")
+    assert apart(keys[:1] @ twice, -values[:1]) < 1e-12 # a sum would recall 0

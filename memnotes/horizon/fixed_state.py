@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from .forms import delta_chunked
 
 # %% ../../nbs/horizon/42b_fixed_state.ipynb #0b5bf8a6
 def store(

@@ -53,19 +53,24 @@ class Rule:
 # %% ../../nbs/horizon/44b_carry.ipynb #70d3e485
 class Exact(Rule):
     "The whole influence: P' = J P + I (Williams and Zipser 1989, Eq. 11)."
-    def start(self, b, like): return like.new_zeros(b, self.form.parts, self.n, self.form.gates, self.n, self.width)
+    def start(self, b, like):
+        "No influence."
+        return like.new_zeros(b, self.form.parts, self.n, self.form.gates, self.n, self.width)
 
     def step(self, P, s, U, noise=None):
+        "J P + I."
         own = torch.arange(self.n, device=P.device)
         new = torch.einsum("bskrm,brmgiw->bskgiw", jacobian(s, U, self.index), P)
         new[:,:,own,:,own] += immediate(s).movedim(3, 0)
         return new
 
-    def read(self, P, q): return torch.einsum("bsk,bskgiw->giw", q, P)
+    def read(self, P, q):
+        "q P, summed over rows."
+        return torch.einsum("bsk,bskgiw->giw", q, P)
 
 # %% ../../nbs/horizon/44b_carry.ipynb #c173e20a
 class Online:
-    "One-layer recurrent model, a rule, and what is carried from window to window: the state and the influence."
+    "One-layer recurrent model, a rule, and what is carried from window to window: the state and the influence. ValueError: more than one block, a cell without a `Form`, random feedback for other than rate units."
     start:Callable; weights:Callable; logits:Callable; states:Callable; steps:Callable; window:Callable # below
     def __init__(self,
         model:SequenceModel, # embed → one block with a cell → norm → head
@@ -169,7 +174,7 @@ def forward_gradient(
     rule:Callable|None=None, # see `Online`; None: `Exact`
     generator:torch.Generator|None=None,
 )->dict[str, Tensor]: # named as `model.named_parameters()`; a leading axis for the draws of a random rule
-    "The rule's gradient of the mean loss (nats a counted target), the influence carried over every border of windows."
+    "The rule's gradient of the mean loss (nats a counted target), the influence carried over every border of windows. ValueError: window below 1, targets of another shape than tokens, none of them counted."
     if isinstance(window, bool) or not isinstance(window, int) or window < 1: raise ValueError(f"window: expected an integer of at least 1; got {window!r}")
     if targets.shape != tokens.shape: raise ValueError(f"targets: expected the shape of tokens {tuple(tokens.shape)}; got {tuple(targets.shape)}")
     mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask

@@ -182,7 +182,7 @@ def _cells(machine)->tuple[list, bool]: # recurrent cells, first to last; whethe
     return cells, plain and all(type(c) in ELEMENTWISE or type(c) in DENSE for c in cells)
 
 class RTRL:
-    "`y, state = rtrl(x, state)`, as the machine does; backward through the window gives the gradient through all of the past. State None: a new beginning."
+    "`y, state = rtrl(x, state)`, as the machine does; backward through the window gives the gradient through all of the past. State None: a new beginning. ValueError: an unknown path, 'fast' for a machine without a fast path."
     def __init__(self,
         machine:nn.Module, # a cell, a `SequenceModel`; for the generic path anything with that face
         path:str|None=None, # "fast" (a P for each cell), "generic" (one P, any machine) or None: fast where that is exact
@@ -236,7 +236,7 @@ def rtrl_gradient(
     mask:Bool[Tensor, "b t"]|None=None, # which targets count; None: all
     path:str|None=None, # see `RTRL`
 )->dict[str, Tensor]: # named as `model.named_parameters()`, in that order; those without requires_grad are left out
-    "Gradient of the mean loss (nats a counted target) by RTRL, in memory independent of t; equal to full BPTT where `RTRL.exact`."
+    "Gradient of the mean loss (nats a counted target) by RTRL, in memory independent of t; equal to full BPTT where `RTRL.exact`. ValueError: window below 1, targets of another shape than tokens, none of them counted, a path `RTRL` refuses."
     if isinstance(window, bool) or not isinstance(window, int) or window < 1: raise ValueError(f"window: expected an integer of at least 1; got {window!r}")
     if targets.shape != tokens.shape: raise ValueError(f"targets: expected the shape of tokens {tuple(tokens.shape)}; got {tuple(targets.shape)}")
     mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask

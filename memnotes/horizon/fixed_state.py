@@ -19,7 +19,7 @@ def store(
     values:Float[Tensor, "n e"], # what each is to recall
     rule:str="sum", # "sum", "delta" (each pair once, in order) or "least squares"
 )->Float[Tensor, "d e"]: # S, read by `keys @ S`
-    "The state after n pairs (Schlag et al. 2021)."
+    "The state after n pairs (Schlag et al. 2021). ValueError: keys and values of different numbers, an unknown rule."
     if keys.dim() != 2 or len(keys) != len(values): raise ValueError(f"keys, values: expected (n, d) and (n, e); got {tuple(keys.shape)} and {tuple(values.shape)}")
     if rule == "sum": return keys.T @ values
     if rule == "least squares": return torch.linalg.pinv(keys) @ values
@@ -40,7 +40,7 @@ def sum_recall(
     d:int, # width of a key
     V:int, # words
 )->float: # probability that the right word wins
-    "Recall of a sum of outer products with random keys: one signal among V noisy codes, each the noise of a Poisson number of pairs."
+    "Recall of a sum of outer products with random keys: one signal among V noisy codes, each the noise of a Poisson number of pairs. ValueError: n or d below 1, V below 2."
     if min(n, d, V-1) < 1: raise ValueError(f"n, d, V: expected at least 1, 1 and 2; got {n}, {d}, {V}")
     mean = n/V
     m = torch.arange(int(mean + 10*mean**.5 + 12), dtype=torch.float64) if mean < 64 else torch.tensor([mean], dtype=torch.float64) # many: all have the mean
@@ -56,7 +56,7 @@ def pairs_at(
     d:int, # width of a key
     V:int, # words
 )->float: # N
-    "How many pairs a sum holds at a given recall, by bisection of `sum_recall`."
+    "How many pairs a sum holds at a given recall, by bisection of `sum_recall`. ValueError: recall not between chance and 1."
     if not 1/V < recall < 1: raise ValueError(f"recall: expected between chance (1/{V}) and 1; got {recall}")
     low, high = 1., 100.*V*d
     for _ in range(40):
@@ -70,7 +70,7 @@ def bits_recovered(
     recall:float, # share answered rightly
     V:int, # words to choose from, equally likely
 )->float: # bits
-    "At least this much is known of n words from answers of which a share is right (Fano's inequality)."
+    "At least this much is known of n words from answers of which a share is right (Fano's inequality). ValueError: a recall that is no share."
     if not 0 <= recall <= 1: raise ValueError(f"recall: expected a share, 0 to 1; got {recall}")
     if recall <= 1/V: return 0.
     miss = 1 - recall

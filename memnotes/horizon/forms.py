@@ -36,7 +36,7 @@ def taylor2(x:Float[Tensor, "*b d"])->Float[Tensor, "*b f"]: # f = 1 + d + d(d+1
     return torch.cat([torch.ones_like(x[...,:1]), x, pairs], -1)
 
 def dpfp(x:Float[Tensor, "*b d"], nu:int=1)->Float[Tensor, "*b f"]: # f = 2 d ν
-    "Products of r = relu([x, -x]) with itself rolled by 1 … ν (Schlag et al. 2021, DPFP): sparse, positive, wider."
+    "Products of r = relu([x, -x]) with itself rolled by 1 … ν (Schlag et al. 2021, DPFP): sparse, positive, wider. ValueError: ν below 1, or not below twice the width."
     if not 1 <= nu < 2*x.shape[-1]: raise ValueError(f"nu: expected 1 to {2*x.shape[-1]-1}, below twice the width; got {nu}")
     r = F.relu(torch.cat([x, -x], -1))
     return torch.cat([r*r.roll(s, -1) for s in range(1, nu+1)], -1)
@@ -179,7 +179,7 @@ def delta_chunked(q, k, v, S, beta, size:int=32):
 FORMS:dict[str, tuple[Callable, Callable]] = dict(parallel=(parallel, delta_parallel), recurrent=(recurrent, delta_recurrent), chunked=(chunked, delta_chunked))
 
 class LinearAttention(nn.Module):
-    "Causal linear attention as a mixer: `y, S = mixer(x, S)`, the state one matrix a head, of fixed size (Katharopoulos et al. 2020)."
+    "Causal linear attention as a mixer: `y, S = mixer(x, S)`, the state one matrix a head, of fixed size (Katharopoulos et al. 2020). ValueError: heads that do not divide d_model, d_key or chunk below 1, an unknown form or feature map."
     heads:Callable; init_state:Callable; coefficients:Callable; shown:Callable # below
     residual = "output" # initialised smaller, as in `Attention`
     kind, extra = 0, 1 # which of two rules in FORMS; columns of the state besides the values': the normaliser's
@@ -226,7 +226,7 @@ def shown(self:LinearAttention, y): return y[...,:-1]/(y[...,-1:] + self.eps)
 
 @patch
 def forward(self:LinearAttention, x:Float[Tensor, "b t d"], state:State=None)->tuple[Float[Tensor, "b t d"], State]:
-    "Outputs at every position, and the state after the last; any form, any split of the sequence."
+    "Outputs at every position, and the state after the last; any form, any split of the sequence. ValueError: x other than (batch, time ≥ 1, d_model)."
     if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.d_model: raise ValueError(f"x: expected (batch, time ≥ 1, {self.d_model}); got {tuple(x.shape)}")
     wide = torch.promote_types(x.dtype, torch.float32)
     *qkv, rest = self.coefficients(x, *(self.heads(f(x)).to(wide) for f in (self.query, self.key, self.value)))
@@ -236,7 +236,7 @@ def forward(self:LinearAttention, x:Float[Tensor, "b t d"], state:State=None)->t
 
 # %% ../../nbs/horizon/42a_forms.ipynb #b4506fdd
 class GatedLinearAttention(LinearAttention):
-    "Linear attention that forgets: `decay=\"retnet\"` by 1 - 2^{-5-h} a step in head h (Sun et al. 2023), \"gla\" by a learned gate on each key channel (Yang et al. 2023)."
+    "Linear attention that forgets: `decay=\"retnet\"` by 1 - 2^{-5-h} a step in head h (Sun et al. 2023), \"gla\" by a learned gate on each key channel (Yang et al. 2023). ValueError: another decay, chunk above 128, what `LinearAttention` refuses."
     extra = 0
     def __init__(self, d_model:int, n_heads:int=4, decay:str="gla", d_key:int|None=None, form:str="chunked", chunk:int=64):
         super().__init__(d_model, n_heads, lambda x: x, d_key, form, chunk)

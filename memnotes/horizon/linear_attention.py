@@ -43,15 +43,18 @@ def rewritten(
 
 # %% ../../nbs/horizon/42_linear_attention.ipynb #8e390fdf
 class Shift(nn.Module):
-    "y_t = A x_t + B x_{t-1} as a mixer; its state is the last input."
+    "y_t = A x_t + B x_{t-1} as a mixer; its state is the last input. ValueError: d_model below 1."
     def __init__(self, d_model:int):
         super().__init__()
         if d_model < 1: raise ValueError(f"d_model: expected at least 1; got {d_model}")
         self.d_model, self.now, self.before = d_model, nn.Linear(d_model, d_model, bias=False), nn.Linear(d_model, d_model, bias=False)
 
-    def init_state(self, batch:int)->Float[Tensor, "b 1 d"]: return self.now.weight.new_zeros(batch, 1, self.d_model)
+    def init_state(self, batch:int)->Float[Tensor, "b 1 d"]:
+        "Zeros before the first input."
+        return self.now.weight.new_zeros(batch, 1, self.d_model)
 
     def forward(self, x:Float[Tensor, "b t d"], state:State=None)->tuple[Float[Tensor, "b t d"], State]:
+        "Outputs at every position, and the last input."
         both = torch.cat([self.init_state(len(x)) if state is None else state, x], 1)
         return self.now(x) + self.before(both[:,:-1]), both[:,-1:].clone()
 
@@ -76,7 +79,7 @@ def book(
     noise:bool=False, # whether they are noise; else facts about other keys
     seed:int=0, # of what is between
 )->Int[Tensor, "b t2"]: # the same facts and questions further apart
-    "The same questions at the end of a longer text."
+    "The same questions at the end of a longer text. ValueError: between negative or odd."
     if between < 0 or between % 2: raise ValueError(f"between: expected an even number of tokens, 0 or more; got {between}")
     g, (b, w) = torch.Generator().manual_seed(seed), (len(tokens), 2*facts)
     first, asked = tokens[:,:w].cpu(), tokens[:,-w:].cpu()

@@ -21,7 +21,7 @@ def bptt_gradient(
     mask:Bool[Tensor, "b t"]|None=None, # which targets count; None: all
     window:int|None=None, # detach the state every `window` steps, edges counted from the end; None: never
 )->dict[str, Tensor]: # named as `model.named_parameters()`
-    "Gradient of the mean loss by backpropagation, through everything or truncated (Williams and Peng 1990)."
+    "Gradient of the mean loss by backpropagation, through everything or truncated (Williams and Peng 1990). ValueError: window below 1."
     if window is not None and window < 1: raise ValueError(f"window: expected at least 1, or None for all; got {window}")
     mask, t = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask, tokens.shape[1]
     params = {k: p for k,p in model.named_parameters() if p.requires_grad}

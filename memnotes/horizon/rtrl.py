@@ -23,7 +23,7 @@ _all_ = ["DENSE", "ELEMENTWISE", "RTRL", "Dense", "Elementwise", "Past", "flatte
 
 # %% ../../nbs/horizon/43_rtrl.ipynb #c009
 class Fleet(nn.Module):
-    "r networks as `one_hot` makes them, side by side; seeds are the faster index, and the arms of a seed read the same sequences."
+    "r networks as `one_hot` makes them, side by side; seeds are the faster index, and the arms of a seed read the same sequences. ValueError: no models, or not arms times a number of seeds."
     def __init__(self, models:Sequence[Recurrent], arms:int=1):
         super().__init__()
         if arms < 1 or not models or len(models) % arms: raise ValueError(f"models: expected arms={arms} times a number of seeds; got {len(models)}")
@@ -127,7 +127,7 @@ def recall(
     streams:int=64, # of fillers; each is put after every word
     split:str="test",
 )->Float[Tensor, "r lags"]: # share of words × streams answered right
-    "Recall of a marked word (`CopyFirst`) by composing the tokens' affine maps; memory independent of the lag."
+    "Recall of a marked word (`CopyFirst`) by composing the tokens' affine maps; memory independent of the lag. ValueError: lags other than rising powers of two from 8 on, other than one seed of data for each of the fleet."
     a, b = map(fleet.wide, fleet.tables()[1:])
     (s, v, m), words = a.shape, (a.shape[1]-1)//2
     if not lags or any(l < 8 or l & (l-1) for l in lags) or list(lags) != sorted(set(lags)): raise ValueError(f"lags: expected rising powers of two from 8 on; got {lags}")
@@ -152,6 +152,7 @@ class Adam:
     def __init__(self, fleet:Fleet, lr:Float[Tensor, "r"]): self.fleet, self.lr, self.t, self.m, self.v = fleet, lr, 0, [torch.zeros_like(p) for p in fleet.parameters()], [torch.zeros_like(p) for p in fleet.parameters()]
     @torch.no_grad()
     def step(self, grads, betas=(.9, .999), eps=1e-8):
+        "One update of every network, in place; gradients in the order of its parameters."
         each = lambda x, p: x.view(-1, *[1]*(p.dim()-1))
         clip = (1/sum(g.flatten(1).square().sum(1) for g in grads).sqrt().clamp(min=1e-12)).clamp(max=1)
         self.t += 1

@@ -28,7 +28,7 @@ def rule_of(
     method:str, # a name in METHODS, "SnAp-n" for any n, or "OK-r" for rank r
     draws:int=1, # independent draws of a random method
 ):
-    "What makes the method's `Rule`."
+    "What makes the method's `Rule`. ValueError: an unknown method."
     if (m := re.fullmatch(r"SnAp-([1-9]\d*)", method)) and m[1] != "1": return partial(Reach, order=int(m[1]))
     if m := re.fullmatch(r"OK-([1-9]\d*)", method): return partial(OK, rank=int(m[1]), draws=draws)
     if method not in METHODS: raise ValueError(f"method: expected {', '.join(METHODS)}, SnAp-n or OK-r; got {method!r}")

@@ -19,7 +19,9 @@ from .carry import Rule, immediate
 class Local(Rule):
     "SnAp-1: of every weight only what it does to its own unit (Menick et al. 2020)."
     coupled = True
-    def start(self, b, like): return like.new_zeros(b, self.form.parts, self.form.gates, self.n, self.width)
+    def start(self, b, like):
+        "No influence."
+        return like.new_zeros(b, self.form.parts, self.form.gates, self.n, self.width)
 
     def own(self, d:Float[Tensor, "*b s s n"], h:Float[Tensor, "*b s g n"], U)->Float[Tensor, "*b s s n"]:
         "∂d_i'/∂d_i of every unit."
@@ -29,9 +31,12 @@ class Local(Rule):
         return torch.cat([d[...,:1,:] + (h*u).sum(-2, keepdim=True), d[...,1:,:]], -2)
 
     def step(self, E, s, U, noise=None):
+        "The old influence through each unit's own Jacobian, and the immediate one."
         return torch.einsum("bsrn,brgnw->bsgnw", self.own(s.d, s.h, U), E) + immediate(s)
 
-    def read(self, E, q): return torch.einsum("bsn,bsgnw->gnw", q, E)
+    def read(self, E, q):
+        "The gradient: q times the influence, summed over rows."
+        return torch.einsum("bsn,bsgnw->gnw", q, E)
 
 class EProp(Local):
     "e-prop: SnAp-1 without the unit's way back to itself through U (Bellec et al. 2020)."
@@ -68,7 +73,7 @@ def window(self:Local, E, steps, U, q, noise, counted):
 
 # %% ../../nbs/horizon/44c_snap.ipynb #2532146f
 class Reach(Rule):
-    "SnAp-n: of every weight what it does to units within n-1 steps of its own, stored for those pairs (k, i) alone (Menick et al. 2020)."
+    "SnAp-n: of every weight what it does to units within n-1 steps of its own, stored for those pairs (k, i) alone (Menick et al. 2020). ValueError: order below 1."
     carried:Callable # below
     def __init__(self, form, index, n, vocab, order:int=2):
         super().__init__(form, index, n, vocab)
@@ -90,7 +95,9 @@ class Reach(Rule):
 
 # %% ../../nbs/horizon/44c_snap.ipynb #af1034cc
 @patch
-def start(self:Reach, b, like): return like.new_zeros(len(self.k), b, self.form.parts, self.form.gates, self.width)
+def start(self:Reach, b, like):
+    "No influence."
+    return like.new_zeros(len(self.k), b, self.form.parts, self.form.gates, self.width)
 
 @patch
 def carried(self:Reach, U, E:Float[Tensor, "p b g w"])->Float[Tensor, "a p b g w"]:
@@ -101,11 +108,13 @@ def carried(self:Reach, U, E:Float[Tensor, "p b g w"])->Float[Tensor, "a p b g w
 
 @patch
 def step(self:Reach, E, s, U, noise=None):
+    "The old influence through J, the immediate one, and nothing for pairs that are not stored."
     new = torch.einsum("bsrp,pbrgw->pbsgw", s.d[...,self.k], E)
     if self.heard: new = new + torch.einsum("bsap,apbgw->pbsgw", s.h[...,self.k], self.carried(U, E[:,:,0]))
     return new.index_add(0, self.own, immediate(s).movedim(3, 0))
 
 @patch
 def read(self:Reach, E, q):
+    "The gradient: q times the influence, summed over rows."
     each = torch.einsum("bsp,pbsgw->pgw", q[...,self.k], E)
     return each.new_zeros(self.n, *each.shape[1:]).index_add(0, self.i, each).movedim(0, 1)

@@ -233,7 +233,7 @@ def step(self:Stack,
     window:int|Sequence[int|None]|None=None,
     members:Sequence[int]|None=None, # who takes part; None: all
 )->list[float]: # share of right answers before the update
-    "One update of Adam (β .9, .999), each member's gradient clipped to norm 1."
+    "One update of Adam (β .9, .999), each member's gradient clipped to norm 1. ValueError: other than one rate a member, what the stack refuses when called."
     k = list(range(len(self.theta))) if members is None else list(members)
     if len(lr) != len(k): raise ValueError(f"lr: expected a rate for each of {len(k)} members; got {len(lr)}")
     g, z = self.gradient(tokens, targets, window, k)

@@ -21,7 +21,7 @@ from .reach import bptt_gradient
 
 # %% ../../nbs/horizon/43c_stream.ipynb #c009
 class RTRLLearner(Learner):
-    "A `Learner` whose windows pay their gradient out to all of the past. Warns, with a measured error, where that is not exact."
+    "A `Learner` whose windows pay their gradient out to all of the past. Warns, with a measured error, where that is not exact. ValueError: no window, a path `RTRL` refuses."
     def __init__(self, model, task, schedule:Schedule,
         window:int, # positions in memory at a time
         *,
@@ -38,13 +38,14 @@ class RTRLLearner(Learner):
         self.errors:dict[str, float] = {} # measured where the gradient is not exact: "layers", "online"
 
     def setup(self, stage):
+        "As `Learner`. ValueError: more than one process."
         super().setup(stage)
         if self.trainer.world_size > 1: raise ValueError(f"devices: influence is carried in one process; got {self.trainer.world_size}")
 
 # %% ../../nbs/horizon/43c_stream.ipynb #c010
 @patch
 def training_step(self:RTRLLearner, batch, batch_idx=None):
-    "One window: carry state and influence; update if a target is counted (online), or at the end of a sequence that held one."
+    "One window: carry state and influence; update if a target is counted (online), or at the end of a sequence that held one. FloatingPointError: a state or loss that is not finite."
     logits, state = self.rtrl(batch["tokens"], self.carried(batch), keep=not batch["last"])
     if not all(s.isfinite().all() for s in leaves(state)): raise FloatingPointError(f"state: not finite at update {self.trainer.global_step} (step {batch['step']}, "
         f"position {batch['position']} of the stream). The last checkpoint is kept; lower lr, lengthen warmup or tighten clip")
@@ -60,7 +61,7 @@ def training_step(self:RTRLLearner, batch, batch_idx=None):
 
 @patch
 def _sum(self:RTRLLearner, loss, targets, batch):
-    "Add a window's gradient to the sequence's; update at its end."
+    "Add a window's gradient to the sequence's; update at its end. FloatingPointError: a loss that is not finite."
     if targets: self.manual_backward(loss)
     self.summed, self.counted = self.summed + loss.item(), self.counted + targets
     if not batch["last"] or not self.counted: return
@@ -76,11 +77,13 @@ def _sum(self:RTRLLearner, loss, targets, batch):
 # %% ../../nbs/horizon/43c_stream.ipynb #c012
 @patch
 def pack(self:RTRLLearner, state:State):
+    "What a checkpoint holds: the state, the influence, and the sums of a sequence under way."
     sums = [p.grad for p in self.model.parameters()] if self.counted else None
     return Learner.pack(self, dict(state=state, influence=None if state is None else self.rtrl.influence, sums=sums, summed=torch.tensor([self.summed, self.counted], dtype=torch.float64))) # type: ignore[attr-defined]
 
 @patch
 def unpack(self:RTRLLearner, saved)->State:
+    "The state, after influence and sums are put back."
     held:Any = Learner.unpack(self, saved) # type: ignore[attr-defined]
     self.rtrl.influence = held["influence"] # type: ignore[attr-defined]
     self.summed, self.counted = held["summed"][0].item(), int(held["summed"][1])
@@ -140,7 +143,7 @@ def stream(
     callbacks=(), # Lightning callbacks
     **options, # weight_decay, clip, betas, seed, probe
 )->RTRLLearner:
-    "Train by RTRL, quietly but for the learner's own warnings; the counterpart of `core.learner.fit`."
+    "Train by RTRL, quietly but for the learner's own warnings; the counterpart of `core.learner.fit`. ValueError: every without out, what `RTRLLearner` refuses."
     if every is not None and out is None: raise ValueError("out: checkpoints (every=…) need a folder; got None")
     learner, device = RTRLLearner(model, task, schedule, window, online=online, path=path, **options), next(model.parameters()).device
     save = [] if every is None else [Keep(str(out), every)]

@@ -37,16 +37,19 @@ def _balance(a, b): # √(a/b), 1 where both are nothing
 
 # %% ../../nbs/horizon/44d_unbiased.ipynb #04c9b818
 class UORO(Rule):
-    "P ≈ s ⊗ w, unbiased and of rank one (Tallec and Ollivier 2017, Alg. 1)."
+    "P ≈ s ⊗ w, unbiased and of rank one (Tallec and Ollivier 2017, Alg. 1). ValueError: draws below 1."
     def __init__(self, form, index, n, vocab, draws:int=1):
         super().__init__(form, index, n, vocab)
         if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1: raise ValueError(f"draws: expected an integer of at least 1; got {draws!r}")
         self.draws = draws
 
     def noise(self, k, b, like, generator=None): return sign(k, (self.draws, b, self.form.parts, self.n), like, generator)
-    def start(self, b, like): return like.new_zeros(self.draws, b, self.form.parts, self.n), like.new_zeros(self.draws, b, self.form.gates, self.n, self.width)
+    def start(self, b, like):
+        "s and w, both nothing."
+        return like.new_zeros(self.draws, b, self.form.parts, self.n), like.new_zeros(self.draws, b, self.form.gates, self.n, self.width)
 
     def step(self, P, s, U, noise):
+        "J s and the immediate influence, mixed by signs and balanced in size."
         (v, w), nu = P, noise
         Jv = carried(s, U, self.index, v)
         x, h = ((nu[:,:,:,None]*f).sum(2) for f in (s.x, s.h))
@@ -54,18 +57,22 @@ class UORO(Rule):
         r0, r1 = _balance(_norm(w, 3), _norm(Jv, 2)), _balance(_norm(I, 3), _norm(nu, 2))
         return r0[...,None,None]*Jv + r1[...,None,None]*nu, w/r0[...,None,None,None] + I/r1[...,None,None,None]
 
-    def read(self, P, q): return torch.einsum("db,dbgnw->dgnw", (P[0]*q).sum((-1, -2)), P[1])
+    def read(self, P, q):
+        "The gradient of each draw, (q s) w."
+        return torch.einsum("db,dbgnw->dgnw", (P[0]*q).sum((-1, -2)), P[1])
 
 # %% ../../nbs/horizon/44d_unbiased.ipynb #a21d6a47
 class KF(UORO):
-    "P ≈ u ⊗ A, unbiased, one Kronecker product (Mujika et al. 2018, Thm. 1)."
+    "P ≈ u ⊗ A, unbiased, one Kronecker product (Mujika et al. 2018, Thm. 1). ValueError: draws below 1, a cell whose gates do not all see one vector."
     def __init__(self, form, index, n, vocab, draws:int=1):
         super().__init__(form, index, n, vocab, draws)
         if not form.summed or not (index is None or index.shape[1] == 0): raise ValueError("method: KF-RTRL and OK need all gates of all units to see one "
             "vector [token; h; 1] (RNN, LSTM, dense RateRNN, MinGRU); for this cell take UORO")
 
     def noise(self, k, b, like, generator=None): return sign(k, (self.draws, b, 2), like, generator)
-    def start(self, b, like): return like.new_zeros(self.draws, b, self.width), like.new_zeros(self.draws, b, self.form.parts, self.n, self.form.gates, self.n)
+    def start(self, b, like):
+        "u and A, both nothing."
+        return like.new_zeros(self.draws, b, self.width), like.new_zeros(self.draws, b, self.form.parts, self.n, self.form.gates, self.n)
 
     def moved(self, s, U, A:Float[Tensor, "d b s n *r"])->Tensor:
         "J A."
@@ -77,12 +84,15 @@ class KF(UORO):
         return torch.cat([s.token, s.past[:,0]], -1), torch.diag_embed(s.x).transpose(2, 3)
 
     def step(self, P, s, U, noise):
+        "u ⊗ J A and v ⊗ D, made one product by two signs and balanced in size."
         (u, A), (v, D), (c1, c2) = P, self.fresh(s), noise.unbind(-1)
         JA = self.moved(s, U, A)
         p1, p2 = c1*_balance(_norm(JA, 4), _norm(u, 1)), c2*_balance(_norm(D, 4), _norm(v, 1))
         return p1[...,None]*u + p2[...,None]*v, JA/p1[...,None,None,None,None] + D/p2[...,None,None,None,None]
 
-    def read(self, P, q): return torch.einsum("dbgn,dbw->dgnw", torch.einsum("bsk,dbskgn->dbgn", q, P[1]), P[0])
+    def read(self, P, q):
+        "The gradient of each draw, u ⊗ q A."
+        return torch.einsum("dbgn,dbw->dgnw", torch.einsum("bsk,dbskgn->dbgn", q, P[1]), P[0])
 
 # %% ../../nbs/horizon/44d_unbiased.ipynb #13fd69e8
 def mixed(
@@ -103,7 +113,7 @@ def mixed(
 
 # %% ../../nbs/horizon/44d_unbiased.ipynb #7f3f95ba
 class OK(KF):
-    "P ≈ Σ u_j ⊗ A_j, r products, unbiased, of least variance (Benzing et al. 2019, Alg. 1)."
+    "P ≈ Σ u_j ⊗ A_j, r products, unbiased, of least variance (Benzing et al. 2019, Alg. 1). ValueError: as `KF`; rank below 1, or not below either side of the matrix."
     def __init__(self, form, index, n, vocab, draws:int=1, rank:int=1):
         super().__init__(form, index, n, vocab, draws)
         if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank < min(self.width, n*form.gates): raise ValueError(
@@ -112,9 +122,11 @@ class OK(KF):
 
     def noise(self, k, b, like, generator=None): return sign(k, (self.draws, b, self.rank+1), like, generator)
     def start(self, b, like):
+        "r products, all nothing."
         return (like.new_zeros(self.draws, b, self.rank, self.width), like.new_zeros(self.draws, b, self.rank, self.form.parts, self.n, self.form.gates, self.n))
 
     def step(self, P, s, U, noise):
+        "r+1 products, the new one among them, made r by `mixed`."
         (u, A), (v, D) = P, self.fresh(s)
         JA = self.moved(s, U, A.movedim(2, -1)).movedim(-1, 2)
         L, R = (torch.cat([a, b[None,:,None].expand_as(a[:,:,:1])], 2).flatten(3).mT for a,b in ((u, v), (JA, D)))
@@ -123,4 +135,6 @@ class OK(KF):
         F = mixed(d, noise)
         return (QL @ X @ F).mT, (QR @ Y.mT @ F).mT.unflatten(-1, A.shape[3:])
 
-    def read(self, P, q): return torch.einsum("dbrgn,dbrw->dgnw", torch.einsum("bsk,dbrskgn->dbrgn", q, P[1]), P[0])
+    def read(self, P, q):
+        "The gradient of each draw, Σ u_j ⊗ q A_j."
+        return torch.einsum("dbrgn,dbrw->dgnw", torch.einsum("bsk,dbrskgn->dbrgn", q, P[1]), P[0])

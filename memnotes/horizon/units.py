@@ -46,7 +46,7 @@ def heard(
 
 # %% ../../nbs/horizon/44a_units.ipynb #86568d9d
 class RateRNN(Cell):
-    "h_t = (1-α) h_{t-1} + α tanh(W x_t + U h_{t-1} + b); U is stored as (n, degree) numbers, not as a masked matrix."
+    "h_t = (1-α) h_{t-1} + α tanh(W x_t + U h_{t-1} + b); U is stored as (n, degree) numbers, not as a masked matrix. ValueError: degree below 1 or above d_hidden, leak not above 0 and at most 1."
     def __init__(self,
         d_model:int, # width of inputs and outputs
         d_hidden:int|None=None, # units; None: d_model

@@ -153,6 +153,8 @@ def test_bad_input():
     pytest.raises(ValueError, approximate_gradient, rnn, x, y, 4, torch.zeros_like(x, dtype=torch.bool)).match("mask")
     for method in ("SnAp-0", "OK-0", "snap", "OK"): pytest.raises(ValueError, rule_of, method).match("method")
     pytest.raises(ValueError, approximate_gradient, rnn, x, y, 4, method="e-prop", draws=2).match("draws")
+    pytest.raises(ValueError, approximate_gradient, rnn, x, y, 4, method="UORO", draws=0).match("draws")
+    pytest.raises(ValueError, approximate_gradient, rnn, x, y, 4, torch.ones_like(x, dtype=torch.bool)[:, 1:]).match("mask")
     for method in ("KF-RTRL", "OK-2"):
         pytest.raises(ValueError, approximate_gradient, gru, x, y, 4, method=method).match("one vector")
         pytest.raises(ValueError, approximate_gradient, model_of(sparse), x, y, 4, method=method).match("one")

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from ..core.learner import nats
 from ..core.sequence import SequenceModel
+from .exact import counted
 from .units import Form, Steps, Weights, form_of, heard, jacobian, slopes
 
 # %% ../../nbs/horizon/44b_carry.ipynb #edd5b89b
@@ -174,11 +175,8 @@ def forward_gradient(
     rule:Callable|None=None, # see `Online`; None: `Exact`
     generator:torch.Generator|None=None,
 )->dict[str, Tensor]: # named as `model.named_parameters()`; a leading axis for the draws of a random rule
-    "The rule's gradient of the mean loss (nats a counted target), the influence carried over every border of windows. ValueError: window below 1, targets of another shape than tokens, none of them counted."
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1: raise ValueError(f"window: expected an integer of at least 1; got {window!r}")
-    if targets.shape != tokens.shape: raise ValueError(f"targets: expected the shape of tokens {tuple(tokens.shape)}; got {tuple(targets.shape)}")
-    mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
-    if not mask.any(): raise ValueError("mask: no target counts; there is no loss to differentiate")
+    "The rule's gradient of the mean loss (nats a counted target), the influence carried over every border of windows. ValueError: window below 1, targets or mask of another shape than tokens, none counted."
+    mask = counted(tokens, targets, mask, window)
     online = Online(model, rule or Exact, generator)
     carry, sums = online.start(len(tokens)), {k: torch.zeros_like(p) for k,p in online.params.items()}
     for a in range(0, tokens.shape[1], window):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ELEMENTWISE', 'DENSE', 'Past', 'flatten_state', 'unflatten_state', 'running', 'by_steps', 'influence_step',
-           'Elementwise', 'Dense', 'RTRL', 'rtrl_gradient']
+           'Elementwise', 'Dense', 'RTRL', 'counted', 'rtrl_gradient']
 
 # %% ../../nbs/horizon/43a_exact.ipynb #c004
 import math
@@ -228,6 +228,20 @@ def _set(self, P):
 RTRL.influence = property(_get, _set, doc="What is carried besides the state: a pytree of tensors, None at the beginning. To be kept in a checkpoint and set again.") # type: ignore[attr-defined]
 
 # %% ../../nbs/horizon/43a_exact.ipynb #c029
+def counted(
+    tokens:Int[Tensor, "b t"],
+    targets:Int[Tensor, "b t"],
+    mask:Bool[Tensor, "b t"]|None, # None: all
+    window:int,
+)->Bool[Tensor, "b t"]: # which targets count
+    "The mask of a gradient in windows. ValueError: window not an integer of at least 1, targets or mask of another shape than tokens, no target counted."
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1: raise ValueError(f"window: expected an integer of at least 1; got {window!r}")
+    mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
+    for name,v in dict(targets=targets, mask=mask).items():
+        if v.shape != tokens.shape: raise ValueError(f"{name}: expected the shape of tokens {tuple(tokens.shape)}; got {tuple(v.shape)}")
+    if not mask.any(): raise ValueError("mask: no target counts; there is no loss to differentiate")
+    return mask
+
 def rtrl_gradient(
     model:SequenceModel, # any; `Recurrent` with one layer has a fast path
     tokens:Int[Tensor, "b t"], # whole sequences
@@ -236,11 +250,8 @@ def rtrl_gradient(
     mask:Bool[Tensor, "b t"]|None=None, # which targets count; None: all
     path:str|None=None, # see `RTRL`
 )->dict[str, Tensor]: # named as `model.named_parameters()`, in that order; those without requires_grad are left out
-    "Gradient of the mean loss (nats a counted target) by RTRL, in memory independent of t; equal to full BPTT where `RTRL.exact`. ValueError: window below 1, targets of another shape than tokens, none of them counted, a path `RTRL` refuses."
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1: raise ValueError(f"window: expected an integer of at least 1; got {window!r}")
-    if targets.shape != tokens.shape: raise ValueError(f"targets: expected the shape of tokens {tuple(tokens.shape)}; got {tuple(targets.shape)}")
-    mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
-    if not mask.any(): raise ValueError("mask: no target counts")
+    "Gradient of the mean loss (nats a counted target) by RTRL, in memory independent of t; equal to full BPTT where `RTRL.exact`. ValueError: window below 1, targets or mask of another shape than tokens, none counted, a path `RTRL` refuses. TypeError: a state that grows."
+    mask = counted(tokens, targets, mask, window)
     rtrl, state, t = RTRL(model, path), None, tokens.shape[1]
     params = {k: p for k,p in model.named_parameters() if p.requires_grad}
     total = {k: torch.zeros_like(p) for k,p in params.items()}

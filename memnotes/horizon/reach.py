@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..core.cells import MinGRU, Recurrent
 from ..core.learner import nats
 from ..core.sequence import SequenceModel, detach
+from .exact import counted
 
 # %% ../../nbs/horizon/43b_reach.ipynb #c009
 def bptt_gradient(
@@ -21,9 +22,9 @@ def bptt_gradient(
     mask:Bool[Tensor, "b t"]|None=None, # which targets count; None: all
     window:int|None=None, # detach the state every `window` steps, edges counted from the end; None: never
 )->dict[str, Tensor]: # named as `model.named_parameters()`
-    "Gradient of the mean loss by backpropagation, through everything or truncated (Williams and Peng 1990). ValueError: window below 1."
-    if window is not None and window < 1: raise ValueError(f"window: expected at least 1, or None for all; got {window}")
-    mask, t = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask, tokens.shape[1]
+    "Gradient of the mean loss by backpropagation, through everything or truncated (Williams and Peng 1990). ValueError: window below 1, targets or mask of another shape than tokens, none counted."
+    t = tokens.shape[1]
+    mask = counted(tokens, targets, mask, t if window is None else window)
     params = {k: p for k,p in model.named_parameters() if p.requires_grad}
     total, state, first = {k: torch.zeros_like(p) for k,p in params.items()}, None, t % (window or t) or (window or t)
     for a,b in zip([0, *range(first, t, window or t)], [*range(first, t, window or t), t]):

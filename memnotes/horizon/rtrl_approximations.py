@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from ..core.sequence import SequenceModel
+from ..core.tasks import at_least
 from .carry import Exact, Online, Rule, forward_gradient
 from .snap import EProp, Local, Reach, RFLO
 from .unbiased import KF, OK, UORO
@@ -43,8 +44,9 @@ def approximate_gradient(
     method:str="SnAp-1", # see `rule_of`
     draws:int|None=None, # of a random method, as a leading axis; None: one, and no axis
     generator:torch.Generator|None=None, # of signs and random feedback; None: torch's global one
-)->dict[str, Tensor]: # named as `model.named_parameters()`
-    "Gradient of the mean loss (nats a counted target) by an approximation of RTRL. ValueError where the method is not defined for the cell."
+)->dict[str, Tensor]: # named as `model.named_parameters()`; a leading axis of `draws` where that is given
+    "Gradient of the mean loss (nats a counted target) by an approximation of RTRL. ValueError: an unknown method or one not defined for the cell, draws below 1 or of a method that draws nothing, window below 1, targets or mask of another shape than tokens, none counted."
+    if draws is not None: at_least(1, draws=draws)
     rule = rule_of(method, draws or 1)
     random = method.startswith(("UORO", "KF", "OK"))
     if draws is not None and not random: raise ValueError(f"draws: {method} draws nothing; leave it None")

@@ -16,12 +16,13 @@ from fastcore.basics import patch
 from lightning.pytorch.loggers import CSVLogger
 from ..core.learner import Keep, Learner, Schedule, WholeFiles, nats, quiet
 from ..core.sequence import State, detach, leaves
+from ..core.tasks import at_least
 from .exact import RTRL, rtrl_gradient
 from .reach import bptt_gradient
 
 # %% ../../nbs/horizon/43c_stream.ipynb #c009
 class RTRLLearner(Learner):
-    "A `Learner` whose windows pay their gradient out to all of the past. Warns, with a measured error, where that is not exact. ValueError: no window, a path `RTRL` refuses."
+    "A `Learner` whose windows pay their gradient out to all of the past. Warns, with a measured error, where that is not exact. ValueError: no window, a probe below 0, a path `RTRL` refuses."
     def __init__(self, model, task, schedule:Schedule,
         window:int, # positions in memory at a time
         *,
@@ -31,6 +32,7 @@ class RTRLLearner(Learner):
         **options, # weight_decay, clip, betas, seed, see `Learner`
     ):
         if window is None: raise ValueError("window: expected at least 1; got None. Without windows use Learner: plain backpropagation is exact")
+        at_least(0, probe=probe)
         super().__init__(model, task, schedule, window, **options)
         self.rtrl, self.online, self.probe = RTRL(model, path), online, probe
         self.summed, self.counted = 0., 0 # nats and targets since the last update at a sequence's end
@@ -143,8 +145,9 @@ def stream(
     callbacks=(), # Lightning callbacks
     **options, # weight_decay, clip, betas, seed, probe
 )->RTRLLearner:
-    "Train by RTRL, quietly but for the learner's own warnings; the counterpart of `core.learner.fit`. ValueError: every without out, what `RTRLLearner` refuses."
+    "Train by RTRL, quietly but for the learner's own warnings; the counterpart of `core.learner.fit`. ValueError: every below 1 or without out, what `RTRLLearner` refuses. FloatingPointError: a state or loss that is not finite, with the step."
     if every is not None and out is None: raise ValueError("out: checkpoints (every=…) need a folder; got None")
+    if every is not None: at_least(1, every=every)
     learner, device = RTRLLearner(model, task, schedule, window, online=online, path=path, **options), next(model.parameters()).device
     save = [] if every is None else [Keep(str(out), every)]
     with quiet():

@@ -71,7 +71,7 @@ def influence_step(
     state:State, # before it
     P:dict[str, Tensor]|None=None, # influence before it, name of a weight → (b, m, *weight); None: zero
 )->dict[str, Tensor]: # influence after it
-    "P' = J P + I by torch.func, exact for any machine; m is the width of `flatten_state` (Williams and Zipser 1989, Eq. 9)."
+    "P' = J P + I by torch.func, exact for any machine; m is the width of `flatten_state` (Williams and Zipser 1989, Eq. 9). TypeError: a state that is no tensors, or grows."
     theta = {k: p.detach() for k,p in machine.named_parameters() if p.requires_grad}
     one = tree_map(lambda s: s[:1], state)
     def end(theta, s, x): return flatten_state(functional_call(machine, theta, (x[None], unflatten_state(s[None], one)))[1])[0]
@@ -117,6 +117,7 @@ class Elementwise:
     "Runs a cell whose units see only their own past, and carries P: (b, g, n, f), and (b, 1, n, 1) for each weight a unit keeps to itself."
     def __init__(self, cell:Cell): self.cell, (self.weights, self.scan), self.P = cell, ELEMENTWISE[type(cell)], None
     def __call__(self, x, d, tokens=None, table=None, keep=True):
+        "States (b, t, n) and the last (b, n) on inputs x (b, t, f), from d; the influence goes on. Where inputs are rows of a table (v, f), tokens (b, t) name them; keep=False: nothing is carried on."
         W, b, own = self.weights(self.cell)
         M, phi = _features(W, b, x, tokens, table)
         roots = (M, *(w[None,:,None] for w in own))
@@ -154,6 +155,7 @@ class Dense:
     "Runs a cell whose units all see each other, and carries P for both of its matrices: (b, m, *matrix)."
     def __init__(self, cell:Cell): self.cell, self.move, self.P = cell, DENSE[type(cell)], None
     def __call__(self, x, d, tokens=None, table=None, keep=True):
+        "As `Elementwise`; an LSTM's d is the pair (h, c)."
         r, n, s = self.cell.rnn, self.cell.d_hidden, flatten_state(d)
         M, phi = _features(r.weight_ih_l0, r.bias_ih_l0, x, tokens, table)
         U = torch.cat([r.weight_hh_l0, r.bias_hh_l0[:,None]], 1)
@@ -202,7 +204,7 @@ def __call__(self:RTRL,
     state:State=None, # after the window before; None: the beginning
     keep:bool=True, # False: the last window, after which nothing is carried
 )->tuple[Tensor, State]: # the machine's outputs and last state
-    "One window. ValueError where its batch is not that of the influence carried."
+    "One window. ValueError where its batch is not that of the influence carried. TypeError: a state that is not of fixed size."
     if state is None: state, self.influence = self.machine.init_state(len(x)), None # type: ignore[operator,attr-defined]
     state, held = detach(state), [P for P in tree_flatten(self.influence)[0] if P is not None] # type: ignore[attr-defined]
     if held and len(held[0]) != len(x): raise ValueError(f"x: expected batch {len(held[0])}, that of the influence carried; got {len(x)}. A batch size changed in mid-stream needs a new beginning, state=None")

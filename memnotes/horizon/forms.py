@@ -162,13 +162,13 @@ class Between(torch.autograd.Function):
         return u @ G.mT, -lam @ before.mT, lam, g.view(d_last.shape)
 
 # %% ../../nbs/horizon/42a_forms.ipynb #13be21ce
-def delta_parallel(q, k, v, S, beta):
+def delta_parallel(q, k, v, S, beta): # shapes as in `delta_recurrent`
     "All pairs of positions at once: O(t³) for the system."
     W, U = corrections(k, v, beta)
     u = U - W @ S
     return (q @ k.mT).tril() @ u + q @ S, S + k.mT @ u
 
-def delta_chunked(q, k, v, S, beta, size:int=32):
+def delta_chunked(q, k, v, S, beta, size:int=32): # shapes as in `delta_recurrent`; positions a chunk
     "The systems of all chunks at once, then the state from chunk to chunk: two products each."
     t, size = v.shape[-2], min(size, v.shape[-2])
     q, k, v, beta = (in_chunks(x, size) for x in (q, k, v, beta))

@@ -29,7 +29,7 @@ def rule_of(
     method:str, # a name in METHODS, "SnAp-n" for any n, or "OK-r" for rank r
     draws:int=1, # independent draws of a random method
 ):
-    "What makes the method's `Rule`. ValueError: an unknown method."
+    "What makes the method's `Rule`, to be called with the cell's `Form` by `Online`. ValueError: an unknown method."
     if (m := re.fullmatch(r"SnAp-([1-9]\d*)", method)) and m[1] != "1": return partial(Reach, order=int(m[1]))
     if m := re.fullmatch(r"OK-([1-9]\d*)", method): return partial(OK, rank=int(m[1]), draws=draws)
     if method not in METHODS: raise ValueError(f"method: expected {', '.join(METHODS)}, SnAp-n or OK-r; got {method!r}")
@@ -58,7 +58,7 @@ def carried_numbers(
     model:SequenceModel, # one recurrent layer
     method:str, # see `rule_of`
 )->tuple[int, int]: # numbers the method carries for one row; weights that drive the units
-    "Memory of an approximation, counted."
+    "Memory of an approximation, counted. ValueError: an unknown method, or one not defined for the cell."
     online = Online(model, rule_of(method))
     P = online.start(1)[1]
     return sum(p.numel() for p in (P if isinstance(P, tuple) else (P,))), sum(w.numel() for w in online.weights())

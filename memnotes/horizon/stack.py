@@ -27,7 +27,8 @@ def _inside(d, piece, T, reach): # a member whose window begins later gets nothi
     return d if T - piece.start <= int(reach.min()) else d*(reach >= T - piece.start)[:,None,None]
 
 # %% ../../nbs/horizon/40d_stack.ipynb #2a1689d2
-class GRUScan(torch.autograd.Function): # last states (k,b,n) of k GRUs; table: what each word adds to reset, keep, b_hn, candidate
+class GRUScan(torch.autograd.Function):
+    "Last states (k,b,n) of k GRUs on tokens (k,b,t). table (k,v,4n): what each word adds to reset, keep, b_hn, candidate; U (k,n,3n) from state to gates; reach (k,): positions a gradient goes back."
     @staticmethod
     def forward(ctx, table, U, tokens, reach):
         n, index, words, U = U.shape[1], _rows(tokens, table), table.flatten(0, 1), U.contiguous()
@@ -55,7 +56,8 @@ class GRUScan(torch.autograd.Function): # last states (k,b,n) of k GRUs; table: 
         return dtable.view_as(table), dU, None, None
 
 # %% ../../nbs/horizon/40d_stack.ipynb #88c79a77
-class LSTMScan(torch.autograd.Function): # the same for LSTMs; table and U in the order input, forget, output, candidate
+class LSTMScan(torch.autograd.Function):
+    "The same for k LSTMs; table and U in the order input, forget, output, candidate, 4n wide."
     @staticmethod
     def forward(ctx, table, U, tokens, reach):
         n, index, words, U = U.shape[1], _rows(tokens, table), table.flatten(0, 1), U.contiguous()

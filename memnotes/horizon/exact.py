@@ -229,7 +229,7 @@ def _set(self, P):
     for i,p in enumerate(self.parts): p.P = None if P is None else P[i]
 RTRL.influence = property(_get, _set, doc="What is carried besides the state: a pytree of tensors, None at the beginning. To be kept in a checkpoint and set again.") # type: ignore[attr-defined]
 
-# %% ../../nbs/horizon/43a_exact.ipynb #c029
+# %% ../../nbs/horizon/43a_exact.ipynb #c0d3a51e
 def counted(
     tokens:Int[Tensor, "b t"],
     targets:Int[Tensor, "b t"],
@@ -244,6 +244,7 @@ def counted(
     if not mask.any(): raise ValueError("mask: no target counts; there is no loss to differentiate")
     return mask
 
+# %% ../../nbs/horizon/43a_exact.ipynb #c029
 def rtrl_gradient(
     model:SequenceModel, # any; `Recurrent` with one layer has a fast path
     tokens:Int[Tensor, "b t"], # whole sequences

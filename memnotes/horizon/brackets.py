@@ -45,7 +45,7 @@ def closings(
     steps:int=1, # batches of whole sequences
     window:int=512, # positions at a time, the state carried
 )->pd.DataFrame: # a row for each closing bracket: distance, depth (brackets open before it), right
-    "Is the true kind likeliest among the closing ones? Memory is that of one window."
+    "Is the true kind likeliest among the closing ones? Memory is that of one window. ValueError: a model of another vocabulary, a window below 1 or not of whole segments."
     found = []
     for batch,p in _answers(model, task, split, seed, steps, window):
         at = batch["closing"]
@@ -57,7 +57,7 @@ def closings(
 def endings(model, task:Brackets, split:str="test", seed:int|None=None, steps:int=1,
     window:int=512, # positions at a time, the state carried
 )->pd.DataFrame: # a row for each position inside an expression: may_end, deepest (most brackets open so far in it), score (log p of the end)
-    "What the model holds of an end, where it may come and where it may not; arguments as in `closings`."
+    "What the model holds of an end, where it may come and where it may not; arguments and errors as in `closings`."
     kept:dict = {k: [] for k in ("token", "depth", "may_end", "score")}
     found, end = [], 2*task.kinds
     for batch,p in _answers(model, task, split, seed, steps, window):

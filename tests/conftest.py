@@ -1,4 +1,8 @@
 "Fixtures that several test files use."
+import os
+
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false" # Milvus brings gRPC, whose handlers abort a child that is forked later, before it can start its program
+
 import pytest
 import torch
 

@@ -36,8 +36,7 @@ def tree(tmp_path_factory):
 
 def kill_one(tree, kind, delay):
     "SIGKILL a process of a kind, `delay` seconds after the first was seen; False if none lived so long."
-    end = time.time() + 60
-    while not tree.find(kind) and time.time() < end: time.sleep(.02)
+    tree.appears(kind)
     time.sleep(delay)
     alive = tree.find(kind)
     try:
@@ -66,7 +65,7 @@ def test_kill(trees, turn, kind, delay):
 def test_ctrl_c_is_clean(tree):
     before = tree.files(".csv")
     child = tree.start("run", "--force")
-    while not tree.find("kernel"): time.sleep(.05)
+    assert tree.appears("kernel")
     time.sleep(.5)
     child.send_signal(signal.SIGINT)
     said = child.communicate(timeout=30)[0]
@@ -78,7 +77,7 @@ def test_ctrl_c_is_clean(tree):
 
 def test_ctrl_c_is_clean_inline(tree):
     child = tree.start("run", "bank", "--force", "--engine", "inline")
-    while not tree.find("kernel"): time.sleep(.05)
+    assert tree.appears("kernel")
     time.sleep(1)
     child.send_signal(signal.SIGINT)
     said = child.communicate(timeout=30)[0]
@@ -96,7 +95,7 @@ def test_a_lock_left_behind_is_removed(tree):
 def test_a_second_run_is_told_of_the_first(tree):
     child = tree.start("run", "bank", "--force")
     try:
-        while not tree.find("snakemake"): time.sleep(.02)
+        assert tree.appears("snakemake")
         code, said = tree.memnotes("run", "bank", "--force")
         assert code == 2 and f"process {child.pid}" in said
         assert child.wait(60) == 0

@@ -92,6 +92,12 @@ claims:
         while (left := self.processes()) and time.time() < end: time.sleep(.1)
         return [" ".join(p.cmdline()[:6]) for p in left if p.is_running()]
 
+    def appears(self, kind, seconds=60):
+        "Wait until a process of a kind is at work here; False if none came."
+        end = time.time() + seconds
+        while not (found := self.find(kind)) and time.time() < end: time.sleep(.02)
+        return bool(found)
+
     def find(self, kind):
         "Processes of a kind: memnotes, snakemake, chapter or kernel."
         def is_(p):

@@ -3,7 +3,7 @@
 Element-wise: minGRU and eLSTM, batch 32, width 128, 512 units, 256 steps, windows of 64, a loss at every step. Asked: ≥ 8 × faster than one step at a time,
 ≤ 2 × a hand-written full BPTT, ≤ .8 × autograd through the same scan. Dense: tanh RNN, 128 units, batch 1, 256 steps in blocks of 128, so that the second block carries the first one's influence. Asked: ≥ 10 × faster than the textbook step.
 The scan of `core.cells` has a backward pass of its own; "op by op" is autograd through the same recurrence written in plain operations, in chunks.
-The .8 is out of reach here: backpropagation makes two matrix products of batch × steps × width × 2 units, one forward and one for the gradient, and exact RTRL a third of that size, for the influence
+The .8 is out of reach here: backpropagation makes two matrix products of batch × steps × width × 2 units, one forward and one for the gradient, and exact RTRL makes a third one, of the same size, for the influence
 that the next window needs. By hand backpropagation takes .77 of the time of autograd through the scan, so three products for two would be 1.15 × autograd if all else were free.
 Run: python benchmarks/rtrl.py [repetitions]; writes benchmarks/rtrl.csv.
 """
